@@ -1,0 +1,1 @@
+"""Warm starts for Lightning."""

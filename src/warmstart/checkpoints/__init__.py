@@ -1,0 +1,1 @@
+"""Read: one room per format, all lazy."""

@@ -1,0 +1,88 @@
+"""Patterns: a case-sensitive shell glob against a whole dotted name or any leading dotted path of it."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+Patterns = str | Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """One pattern. `encoder` matches `encoder` and `encoder.a.b`, never `encoder2`; `*` crosses dots.
+
+    A leading `?` makes the pattern optional: it may then hit nothing.
+    """
+
+    text: str
+    glob: str = field(init=False)
+    optional: bool = field(init=False)
+    _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        optional = self.text.startswith("?")
+        glob = self.text[1:] if optional else self.text
+        object.__setattr__(self, "optional", optional)
+        object.__setattr__(self, "glob", glob)
+        # fnmatch.translate gives `(?s:...)\Z` (`\z` from Python 3.14 on); we end at a dot as well.
+        body = re.sub(r"\\[zZ]$", "", fnmatch.translate(glob))
+        object.__setattr__(self, "_regex", re.compile(rf"{body}(?:\.|\Z)"))
+
+    def matches(self, name: str) -> bool:
+        return self._regex.match(name) is not None
+
+
+def as_patterns(value: Patterns, *, where: str = "patterns") -> tuple[Pattern, ...]:
+    """One pattern or several, as a tuple of them.
+
+    Raises:
+        TypeError: A value is not a string.
+        ValueError: A pattern is empty.
+    """
+    texts = [value] if isinstance(value, str) else list(value)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{where}: a pattern is a string such as 'encoder.*', not {text!r}")
+        if not text.removeprefix("?"):
+            raise ValueError(f"{where}: an empty pattern matches nothing; leave it out, or write '*' for everything")
+    return tuple(Pattern(text) for text in texts)
+
+
+class PatternSet:
+    """Several patterns over one side, each remembering whether it hit a name."""
+
+    def __init__(self, patterns: Patterns, *, where: str) -> None:
+        self.where = where
+        self.patterns = as_patterns(patterns, where=where)
+        self._hit = [False] * len(self.patterns)
+
+    def __bool__(self) -> bool:
+        return bool(self.patterns)
+
+    def matches(self, *names: str) -> bool:
+        """Whether any pattern matches any of these spellings of one entry; every pattern that does is marked as hit."""
+        found = False
+        for i, pattern in enumerate(self.patterns):
+            if any(pattern.matches(name) for name in names):
+                self._hit[i] = found = True
+        return found
+
+    def without_hit(self) -> list[Pattern]:
+        return [p for p, hit in zip(self.patterns, self._hit, strict=True) if not hit and not p.optional]
+
+
+def nearest(text: str, names: Iterable[str], n: int = 3) -> list[str]:
+    """The names, or leading paths of names, that a mistyped `text` most likely means."""
+    depth = text.count(".") + 1
+    candidates: set[str] = set()
+    for name in names:
+        parts = name.split(".")
+        candidates.update(".".join(parts[:d]) for d in {depth, len(parts)})
+    word = text.removeprefix("?").strip("*.^$\\")
+    # difflib is quadratic in a word's length and linear in the candidates: long words and lists are cut.
+    pool = sorted(c for c in candidates if len(c) < 200)[:5000]
+    return difflib.get_close_matches(word[:200], pool, n=n, cutoff=0.5)

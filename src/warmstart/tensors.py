@@ -1,0 +1,87 @@
+"""Tensors as bits: equality, digests and casts that treat NaN and -0.0 as what they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 20  # elements of the multiplier table: 8 MB
+_MASK = (1 << 64) - 1
+
+
+def as_words(tensor: Tensor) -> Tensor:
+    """The tensor's bits as a flat integer tensor, on the CPU (no copy where it already lies there contiguously)."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    flat = tensor.resolve_neg().cpu().contiguous().reshape(-1)
+    return flat.view(_WORD[flat.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one shape, one dtype and the same bits (NaN equals the same NaN, -0.0 is not 0.0)."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(as_words(a), as_words(b))
+
+
+def digest(tensor: Tensor) -> int:
+    """A 64-bit position-dependent checksum of a tensor's bits, dtype and shape, at memory speed.
+
+    A weighted sum with odd multipliers modulo 2**64: every change of a single element changes it. It tells accidents
+    apart, not adversaries.
+    """
+    words = as_words(tensor)
+    total = _seed(tensor)
+    for start in range(0, words.numel(), _CHUNK):
+        chunk = words[start : start + _CHUNK].to(torch.int64)
+        part = int((chunk * _multipliers()[: chunk.numel()]).sum())
+        total = (total * 0x9E3779B97F4A7C15 + part) & _MASK
+    return total
+
+
+def sample(tensor: Tensor, count: int = 4096) -> Tensor:
+    """At most `count` elements of a tensor, flat, evenly spread and always the same ones."""
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() <= count:
+        return flat
+    # A stride coprime to common row lengths, so that the sample does not run down one column.
+    step = flat.numel() / count
+    index = (torch.arange(count, dtype=torch.float64) * step).to(torch.int64)
+    return flat[index.to(flat.device)]
+
+
+def range_lost(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a cast can turn a finite value into another kind of value (inf, or a wrapped integer)."""
+    if source == target:
+        return False
+    if target.is_floating_point or target.is_complex:
+        if not (source.is_floating_point or source.is_complex):
+            return True
+        return torch.finfo(target).max < torch.finfo(source).max * (1 - 2**-6)
+    return True
+
+
+def bits_lost(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a cast from `source` to `target` can round."""
+    if source == target or not (source.is_floating_point or source.is_complex):
+        return False
+    s, t = torch.finfo(source), torch.finfo(target)
+    return t.eps > s.eps or t.max < s.max or t.tiny > s.tiny
+
+
+_table: Tensor | None = None
+
+
+def _multipliers() -> Tensor:
+    global _table
+    if _table is None:
+        index = torch.arange(_CHUNK, dtype=torch.int64)
+        _table = (index * 0x5851F42D4C957F2D) ^ 0x14057B7EF767814F | 1
+    return _table
+
+
+def _seed(tensor: Tensor) -> int:
+    seed = 14695981039346656037
+    for byte in f"{tensor.dtype}{tuple(tensor.shape)}".encode():
+        seed = ((seed ^ byte) * 1099511628211) & _MASK
+    return seed
