@@ -1,1 +1,1 @@
-"""Read: one room per format, all lazy."""
+"""Where weights come from: one room per file format, all lazy, none of them ever executes anything."""

@@ -1,0 +1,195 @@
+"""The one way in: any source a person has, as a `Checkpoint`. A file's format is told by its bytes, never by its name."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from warmstart.checkpoints.archive import Member, read_directory
+from warmstart.checkpoints.base import Checkpoint
+from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile, shown
+from warmstart.checkpoints.memory import open_memory
+from warmstart.checkpoints.numpy_file import MAGIC as NPY_MAGIC
+from warmstart.checkpoints.numpy_file import open_npy, open_npz, read_header
+from warmstart.checkpoints.safetensors_file import open_safetensors
+from warmstart.checkpoints.torch_file import find_pickle, open_torch_zip
+from warmstart.checkpoints.torch_legacy import MAGIC as LEGACY_MAGIC
+from warmstart.checkpoints.torch_legacy import (
+    TAR_MEMBERS,
+    open_plain_pickle,
+    open_torch_legacy,
+    open_torch_tar,
+    tar_members,
+)
+from warmstart.checkpoints.trusting import load_trusted
+from warmstart.errors import CheckpointError
+
+Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module | Checkpoint
+
+_FOREIGN = {
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras); export its weights once: numpy.savez(path, **arrays) from h5py's datasets",
+    b"GGUF": "a GGUF file, whose tensors are quantized blocks; use the original weights (safetensors) of that model",
+    b"\x1f\x8b": "a gzip file; unpack it first: gunzip FILE (or tar xzf FILE)",
+    b"BZh": "a bzip2 file; unpack it first: bunzip2 FILE",
+    b"\xfd7zXZ\x00": "an xz file; unpack it first: unxz FILE",
+    b"\x28\xb5\x2f\xfd": "a zstd file; unpack it first: unzstd FILE",
+    b"version https://git-lfs": "a git-lfs pointer, not the weights themselves; fetch them: git lfs pull",
+}
+_HTML = (b"<!doctype", b"<html", b"<?xml", b"<head")
+_KNOWN = "safetensors, torch (.pt .pth .bin .ckpt) and numpy (.npy .npz) files are read"
+
+
+def open_checkpoint(source: Source, *, checkpoint_key: str | None = None, trust_pickle: bool = False) -> Checkpoint:
+    """Open pretrained weights: a file, a state dict or nested mapping, a module, or a checkpoint that is open already.
+
+    Args:
+        source: A path (`~` is expanded), a mapping of tensors or numpy arrays, a module, or a `Checkpoint`.
+        checkpoint_key: The tree to take, where the source holds several: its dotted path, such as `state_dict`;
+            "" takes all of them as one.
+        trust_pickle: Run whatever code the file's pickle names. Only for files you would run as a program.
+
+    Returns:
+        The checkpoint; no tensor data has been read.
+
+    Raises:
+        CheckpointError: The source is not there, unreadable, truncated, hostile, or holds several trees of tensors.
+        TypeError: The source is of a type that holds no weights.
+    """
+    if isinstance(source, Checkpoint):
+        if checkpoint_key is not None:
+            raise CheckpointError(
+                f"{source.location}: is an open checkpoint, whose tree was taken when it was opened; give checkpoint_key to "
+                "open_checkpoint(path, checkpoint_key=...) instead"
+            )
+        return source
+    if isinstance(source, (Mapping, nn.Module)):
+        return open_memory(source, checkpoint_key=checkpoint_key)
+    if not isinstance(source, (str, os.PathLike)):
+        hint = "; pass a mapping: {name: tensor}" if isinstance(source, Tensor) else ""
+        raise TypeError(
+            "a checkpoint is opened from a path, a mapping of tensors, a module or a Checkpoint, not "
+            f"{type(source).__name__}{hint}"
+        )
+    path = Path(source).expanduser()
+    try:
+        return _open_file(_map(path), checkpoint_key, trust_pickle)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror or error}; check the path and its permissions"
+        ) from error
+
+
+def _map(path: Path) -> MappedFile:
+    try:
+        if path.is_dir():
+            raise CheckpointError(f"{path}: is a directory; give the file in it that holds the weights{_inside(path)}")
+        if not path.exists():
+            raise CheckpointError(
+                f"{path}: there is no such file{_beside(path)}; check the path (relative to {Path.cwd()})"
+            )
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is not a regular file; copy the weights into one")
+    except ValueError as error:
+        raise CheckpointError(f"{shown(str(path))}: is no path ({error}); check it") from error
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty (0 bytes); copy or download it again")
+    return MappedFile(path)
+
+
+def _open_file(file: MappedFile, key: str | None, trust: bool) -> Checkpoint:
+    head = file.map[:64]
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return _open_zip(file, key, trust)
+    if head.startswith(NPY_MAGIC):
+        if trust and read_header(file.map[:10_012], str(file.path)).code.startswith("O"):
+            return load_trusted(file, "numpy npy", key)
+        return open_npy(file, checkpoint_key=key)
+    opener: Callable[..., LeafCheckpoint] | None = None
+    if head.startswith(LEGACY_MAGIC):
+        opener, name = open_torch_legacy, "torch legacy"
+    elif len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:
+        opener, name = open_plain_pickle, "pickle"
+    if opener is not None:
+        return load_trusted(file, name, key) if trust else opener(file, checkpoint_key=key)
+    if head[8:9] == b"{" and _could_be_safetensors(file, head):
+        return open_safetensors(file, checkpoint_key=key)
+    members = tar_members(file)
+    if members is not None:
+        if members.keys() >= TAR_MEMBERS:
+            return load_trusted(file, "torch tar", key) if trust else open_torch_tar(file, members, checkpoint_key=key)
+        raise CheckpointError(
+            f"{file.path}: a tar archive; unpack it first: tar xf FILE, and give the weights inside it"
+        )
+    raise _unknown(file)
+
+
+def _open_zip(file: MappedFile, key: str | None, trust: bool) -> Checkpoint:
+    members = read_directory(file)
+    folder = find_pickle(members)
+    if folder is not None:
+        return (
+            load_trusted(file, "torch zip", key) if trust else open_torch_zip(file, members, folder, checkpoint_key=key)
+        )
+    if members and all(_is_array(file, member) for member in members.values()):
+        return open_npz(file, members, checkpoint_key=key)
+    if "model.weights.h5" in members:
+        raise CheckpointError(
+            f"{file.path}: a Keras file; export its weights once: numpy.savez(path, **arrays) from the model's variables"
+        )
+    names = ", ".join(shown(name, 40) for name in list(members)[:4]) or "nothing"
+    raise CheckpointError(
+        f"{file.path}: a zip archive of neither torch nor numpy: it holds {names}; unpack it and give the weights inside it"
+    )
+
+
+def _is_array(file: MappedFile, member: Member) -> bool:
+    return member.name.endswith(".npy") and not member.name.endswith("/.npy")
+
+
+def _could_be_safetensors(file: MappedFile, head: bytes) -> bool:
+    # A header is at most 100 MB long, so the upper bytes of its length are zero; a text file's are letters.
+    return head[4:8] == b"\0\0\0\0"
+
+
+def _unknown(file: MappedFile) -> CheckpointError:
+    head = file.map[:512]
+    for magic, what in _FOREIGN.items():
+        if head.startswith(magic):
+            return CheckpointError(f"{file.path}: {what}")
+    start = head.lstrip()[:200].lower()
+    if start.startswith(_HTML):
+        return CheckpointError(
+            f"{file.path}: an HTML page, not weights: the download was answered with a web page (a login or an error); "
+            "download it again from the file's own link"
+        )
+    try:
+        text = head[:-4].decode("utf-8") if len(head) == 512 else head.decode("utf-8")
+    except UnicodeDecodeError:
+        text = ""
+    if text and all(c.isprintable() or c in "\r\n\t" for c in text):
+        return CheckpointError(
+            f"{file.path}: a text file that starts with {shown(text[:40])}, not weights; {_KNOWN}: check that the path is right"
+        )
+    return CheckpointError(
+        f"{file.path}: an unknown format (its {file.size:,} bytes start with {head[:8].hex(' ')}); {_KNOWN}: convert it to one "
+        "of them, for instance with safetensors.torch.save_file(state_dict, path)"
+    )
+
+
+def _inside(path: Path) -> str:
+    names = sorted(
+        p.name for p in path.iterdir() if p.suffix in {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz"}
+    )
+    return f", such as {' or '.join(shown(str(path / name), 200) for name in names[:3])}" if names else ""
+
+
+def _beside(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (nor a folder {path.parent})"
+    near = difflib.get_close_matches(path.name, [p.name for p in list(path.parent.iterdir())[:2000]], n=3)
+    return f" (did you mean {' or '.join(shown(name) for name in near)}?)" if near else ""
