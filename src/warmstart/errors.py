@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from warmstart.mapping.plan import Plan
+from typing import Any
 
 
 class WarmStartError(ValueError):
@@ -28,10 +25,10 @@ class MappingError(WarmStartError):
     """The checkpoint does not account for the model, or the rules do not account for the checkpoint.
 
     Attributes:
-        plan: The plan with all its errors, or None if no plan could be made.
+        plan: The `Plan` with all its errors, or None if no plan could be made.
     """
 
-    def __init__(self, message: str, *, plan: Plan | None = None) -> None:
+    def __init__(self, message: str, *, plan: Any = None) -> None:
         super().__init__(message)
         self.plan = plan
 
@@ -62,7 +59,3 @@ class FrozenChangedError(WarmStartError):
 
 class TimingError(WarmStartError):
     """Called at a moment at which it cannot be right: an optimizer or a wrapper is already there."""
-
-    def __init__(self, message: str, **details: Any) -> None:
-        super().__init__(message)
-        self.details = details

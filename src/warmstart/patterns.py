@@ -81,8 +81,8 @@ def nearest(text: str, names: Iterable[str], n: int = 3) -> list[str]:
     candidates: set[str] = set()
     for name in names:
         parts = name.split(".")
-        candidates.update(".".join(parts[:d]) for d in {depth, len(parts)})
+        candidates.update(".".join(parts[:d]) for d in {depth, depth + 1, len(parts)})
     word = text.removeprefix("?").strip("*.^$\\")
     # difflib is quadratic in a word's length and linear in the candidates: long words and lists are cut.
     pool = sorted(c for c in candidates if len(c) < 200)[:5000]
-    return difflib.get_close_matches(word[:200], pool, n=n, cutoff=0.5)
+    return difflib.get_close_matches(word[:200], pool, n=n, cutoff=0.6)

@@ -1,0 +1,90 @@
+"""The verbs, a few lines each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from typing_extensions import Unpack
+
+from warmstart.checkpoints.opening import open_checkpoint
+from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
+from warmstart.lineage import lineage
+from warmstart.loading.writing import write
+from warmstart.mapping.plan import Plan, Verify
+from warmstart.mapping.planning import make_plan
+from warmstart.mapping.pretrained import Pretrained, PretrainedFields, Source, as_parts
+from warmstart.patterns import Patterns
+from warmstart.report import Report
+from warmstart.version import __version__
+
+Sources = Source | Pretrained | Sequence[Source | Pretrained]
+
+
+def load(
+    model: nn.Module, pretrained: Sources, /, *, verify: Verify = "full", **fields: Unpack[PretrainedFields]
+) -> Report:
+    """Put pretrained weights into a model: plan, preflight, write in place, verify by value, freeze.
+
+    Args:
+        model: The model; on any error before the first write it is bit-for-bit untouched.
+        pretrained: A path, a state dict, a module, a `Pretrained`, or a list of them.
+        verify: `"full"` compares every element after writing, `"sample"` a fixed sample, `"off"` nothing.
+        **fields: `Pretrained`'s fields, for a single bare source.
+
+    Returns:
+        The report; `print(report)` shows the verdict and a grouped table.
+
+    Raises:
+        CheckpointError: The source cannot be read.
+        MappingError: Something is not accounted for; the message lists everything, each with the line to type.
+        VerificationError: The model does not hold what was written.
+        TimingError: The model is wrapped already, or changed since it was planned.
+
+    Example:
+        >>> report = warmstart.load(model, "bert.safetensors", into="encoder", freeze=True)
+        >>> print(report.verdict())
+    """
+    return plan(model, pretrained, **fields).apply(verify=verify)
+
+
+def plan(model: nn.Module, pretrained: Sources, /, **fields: Unpack[PretrainedFields]) -> Plan:
+    """Decide what goes where, from names, shapes and dtypes alone; no tensor is read and the model is untouched.
+
+    A plan with errors is returned all the same, to be looked at; `Plan.apply()` raises them.
+
+    Raises:
+        CheckpointError: The source cannot be opened.
+        MappingError: The model has entries without shape or storage.
+    """
+    parts = as_parts(pretrained, fields)
+    opened = [
+        (p, open_checkpoint(p.source, checkpoint_key=p.checkpoint_key, trust_pickle=p.trust_pickle)) for p in parts
+    ]
+    return make_plan(model, opened, apply)
+
+
+def apply(plan: Plan, *, verify: Verify = "full", held: Held = "eval") -> Report:
+    """Carry a plan out; `Plan.apply` with the choice of how frozen modules are held, for the hosts."""
+    written = write(plan, verify)
+    frozen = freeze_entries(plan.model, plan.freeze, plan.targets, held) if plan.freeze else None
+    return Report(plan, written, lineage(plan, __version__), frozen)
+
+
+def freeze(model: nn.Module, patterns_or_report: Patterns | Report) -> Frozen:
+    """Freeze parameters and buffers so that they stay bit-for-bit what they are.
+
+    Call it before the optimizer is made and before the model is wrapped. Modules that are frozen as a whole are held in
+    eval mode, whatever `.train()` is called.
+
+    Args:
+        model: The model that the patterns name entries of.
+        patterns_or_report: Patterns, or a report: then exactly what it loaded.
+
+    Raises:
+        MappingError: A pattern matches nothing.
+    """
+    if isinstance(patterns_or_report, Report):
+        plan = patterns_or_report.plan
+        return freeze_entries(model, [a.target for a in plan.assignments], plan.targets)
+    return freeze_patterns(model, patterns_or_report)

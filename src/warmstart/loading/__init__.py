@@ -1,0 +1,1 @@
+"""Write: preflight, place, verify by value."""

@@ -1,0 +1,84 @@
+"""Writing: in place, tensor by tensor, so that parameters, ties and optimizers keep their objects."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from warmstart.errors import CheckpointError
+from warmstart.loading.preflight import preflight
+from warmstart.loading.values import Digests, Values, as_planned, written
+from warmstart.loading.verifying import verify_written
+from warmstart.mapping.grouping import printable
+from warmstart.mapping.plan import Plan, Verify
+
+
+@dataclass(slots=True)
+class Written:
+    """What writing a plan did.
+
+    Attributes:
+        verified: How the values were compared after writing.
+        bytes_read: Bytes of tensors read from the sources, verification included.
+        seconds: Wall-clock time of preflight, writing and verification.
+        digests: Checksums of what in-memory sources gave.
+        notes: What was met on the way (non-finite values).
+    """
+
+    verified: Verify
+    bytes_read: int = 0
+    seconds: float = 0.0
+    digests: Digests = field(default_factory=Digests)
+    notes: list[str] = field(default_factory=list)
+
+
+def write(plan: Plan, verify: Verify) -> Written:
+    """Preflight, write and verify a plan.
+
+    Raises:
+        MappingError: The plan has errors, or preflight found one. The model is untouched.
+        CheckpointError: A source cannot be read; `.written` names the entries that were written before that.
+        VerificationError: The model does not hold what was written.
+    """
+    plan.raise_errors()
+    started = time.perf_counter()
+    before = sum(part.checkpoint.bytes_read for part in plan.parts)
+    values = Values(plan)
+    preflight(plan, values)
+    result = Written(verify)
+    done: list[str] = []
+    try:
+        with torch.no_grad():
+            for assignment in written(plan):
+                target = plan.targets.entries[assignment.target]
+                value = as_planned(values.source(assignment), assignment)
+                _place(target.tensor, value)
+                done.append(assignment.target)
+                if not plan.parts[assignment.part].checkpoint.files:
+                    result.digests.keep(assignment.target, value)
+    except Exception as error:
+        if not done:
+            raise
+        names = ", ".join(printable(name) for name in done[:8]) + (", ..." if len(done) > 8 else "")
+        raise CheckpointError(
+            f"{error}\n{len(done)} of {len(plan.assignments)} entries had been written by then ({names}); the model is half "
+            "loaded: build it again before you go on",
+            written=tuple(done),
+        ) from error
+    result.notes += verify_written(plan, values, verify)
+    result.bytes_read = sum(part.checkpoint.bytes_read for part in plan.parts) - before
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def _place(tensor: Tensor, value: Tensor) -> None:
+    """Copy a value of the same shape; the object, its device and its `requires_grad` stay."""
+    assert tensor.shape == value.shape
+    if tensor.dtype != value.dtype:  # dtype="checkpoint": the object stays, its storage is another one
+        tensor.data = torch.empty_like(tensor, dtype=value.dtype)
+    elif any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        tensor.data = tensor.data.contiguous()  # an expanded buffer has fewer elements in memory than in its shape
+    tensor.copy_(value)

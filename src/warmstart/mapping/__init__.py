@@ -1,0 +1,1 @@
+"""Decide, on names, shapes and dtypes alone, what goes where."""

@@ -1,0 +1,205 @@
+"""`Pretrained`: what to take, from where, and where it goes, declared as plain data."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias, TypedDict
+
+import numpy as np
+from torch import Tensor, nn
+
+from warmstart.checkpoints.base import Checkpoint
+from warmstart.errors import MappingError
+from warmstart.patterns import Patterns, as_patterns
+
+Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor | np.ndarray[Any, Any]] | nn.Module | Checkpoint
+Renames: TypeAlias = Mapping[str, str] | Sequence[Mapping[str, str]]
+
+_PATTERN_FIELDS = ("select", "include", "exclude", "allow_missing", "allow_unexpected", "allow_mismatched")
+
+
+class PretrainedFields(TypedDict, total=False):
+    """`Pretrained`'s fields but the source, for the common call with one source: `load(model, path, into="encoder")`."""
+
+    checkpoint_key: str | None
+    select: str | Sequence[str]
+    strip_prefix: str | None
+    into: str
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+    rename: Mapping[str, str] | Sequence[Mapping[str, str]]
+    allow_missing: str | Sequence[str]
+    allow_unexpected: str | Sequence[str]
+    allow_mismatched: str | Sequence[str]
+    min_coverage: float | None
+    dtype: Literal["model", "checkpoint"]
+    allow_narrowing: bool
+    freeze: bool | str | Sequence[str]
+    sha256: str | None
+    trust_pickle: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Pretrained:
+    """One checkpoint and the rules by which it goes into a model. All of it but in-memory sources can be YAML.
+
+    Attributes:
+        source: A path, a state dict of tensors or numpy arrays, a module, or an opened `Checkpoint`.
+        checkpoint_key: Which tree of the file, as a dotted path: `"state_dict"`, `"model_ema"`. None: the only one.
+        select: Consider only the checkpoint keys that these patterns match; the others are `ignored`.
+        strip_prefix: A leading path to remove from keys. None infers one (strip, add) pair; `""` strips nothing.
+        into: The submodule to load into; what lies outside is out of scope.
+        include: Narrow the scope to the model entries that these patterns match.
+        exclude: Take the model entries that these patterns match out of the scope.
+        rename: Regex to replacement on keys, in whole path segments. One mapping is one simultaneous stage, a list is
+            stages in order. A rule that starts with `?` may hit nothing.
+        allow_missing: Model entries that may keep their own initialisation.
+        allow_unexpected: Checkpoint keys that may stay unused.
+        allow_mismatched: Model entries of another shape that may keep their own initialisation.
+        min_coverage: The least share (0..1) of the elements in scope that must be loaded.
+        dtype: `"model"` casts to the dtype of the model's entry, `"checkpoint"` gives the entry the checkpoint's.
+        allow_narrowing: False makes a cast that can round (float32 to bfloat16) an error. Overflow to inf always is one.
+        freeze: True freezes exactly what this source loaded; patterns freeze what they match.
+        sha256: Refuse a file whose SHA-256 is another.
+        trust_pickle: Unpickle the file with full rights to run code. Nothing else ever does.
+
+    Raises:
+        MappingError: A value that cannot be meant, such as a regex that does not compile.
+        TypeError: A value of another type.
+    """
+
+    source: Source
+    checkpoint_key: str | None = None
+    select: Patterns = ()
+    strip_prefix: str | None = None
+    into: str = ""
+    include: Patterns = ()
+    exclude: Patterns = ()
+    rename: Renames = ()
+    allow_missing: Patterns = ()
+    allow_unexpected: Patterns = ()
+    allow_mismatched: Patterns = ()
+    min_coverage: float | None = None
+    dtype: Literal["model", "checkpoint"] = "model"
+    allow_narrowing: bool = True
+    freeze: bool | Patterns = False
+    sha256: str | None = None
+    trust_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, Pretrained):
+            raise TypeError("source is a Pretrained already; pass it as it is")
+        if not isinstance(self.source, str | os.PathLike | Mapping | nn.Module | Checkpoint):
+            raise TypeError(
+                f"source must be a path, a state dict, a module or a Checkpoint, not {type(self.source).__name__}"
+            )
+        # YAML tools hand over their own containers: keep plain ones, so that pickles and messages stay plain.
+        for name in _PATTERN_FIELDS:
+            self._set(name, _plain_patterns(getattr(self, name), name))
+        if not isinstance(self.freeze, bool):
+            self._set("freeze", _plain_patterns(self.freeze, "freeze"))
+        self._set("rename", _plain_renames(self.rename))
+        self._set("into", self.into.strip("."))
+        if self.dtype not in ("model", "checkpoint"):
+            raise MappingError(f'dtype={self.dtype!r}: write dtype="model" or dtype="checkpoint"')
+        if self.min_coverage is not None and not 0 <= self.min_coverage <= 1:
+            raise MappingError(f"min_coverage={self.min_coverage}: a share between 0 and 1, such as min_coverage=0.9")
+        if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256):
+            raise MappingError(f"sha256={self.sha256!r}: 64 hexadecimal digits, as `sha256sum FILE` prints them")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def stages(self) -> tuple[Mapping[str, str], ...]:
+        """The rename stages, in order."""
+        return (self.rename,) if isinstance(self.rename, Mapping) else tuple(self.rename)
+
+    @property
+    def label(self) -> str:
+        """The source in a few words, for messages."""
+        if isinstance(self.source, Checkpoint):
+            return self.source.location
+        if isinstance(self.source, nn.Module):
+            return f"a {type(self.source).__name__} in memory"
+        if isinstance(self.source, Mapping):
+            return "a state dict in memory"
+        return os.fspath(self.source)
+
+    def rules(self) -> dict[str, Any]:
+        """Every field but the source that differs from its default, as plain data."""
+        return {
+            f.name: value
+            for f in fields(self)
+            if f.name != "source" and (value := getattr(self, f.name)) != f.default and value != []
+        }
+
+    def __repr__(self) -> str:
+        rules = "".join(f", {name}={value!r}" for name, value in self.rules().items())
+        return f"Pretrained({self.label!r}{rules})"
+
+
+def as_parts(
+    pretrained: Source | Pretrained | Sequence[Source | Pretrained], options: PretrainedFields
+) -> list[Pretrained]:
+    """What the verbs take as `pretrained`, as a list of `Pretrained`.
+
+    Raises:
+        TypeError: Fields were given beside anything but one bare source.
+        MappingError: An empty list.
+    """
+    if isinstance(pretrained, Sequence) and not isinstance(pretrained, str):
+        if options:
+            raise TypeError(
+                f"{_words(options)} cannot be given beside a list; give each Pretrained(...) its own fields"
+            )
+        if not pretrained:
+            raise MappingError("an empty list of sources: pass at least one")
+        return [p if isinstance(p, Pretrained) else Pretrained(p) for p in pretrained]
+    if isinstance(pretrained, Pretrained):
+        if options:
+            raise TypeError(
+                f"{_words(options)} cannot be given beside a Pretrained; write Pretrained(..., {_words(options)})"
+            )
+        return [pretrained]
+    known = {f.name for f in fields(Pretrained)} - {"source"}
+    if unknown := sorted(set(options) - known):
+        raise TypeError(f"unknown field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
+    return [Pretrained(pretrained, **options)]
+
+
+def _words(options: PretrainedFields) -> str:
+    return ", ".join(f"{name}=..." for name in options)
+
+
+def _plain_patterns(value: Any, where: str) -> str | list[str]:
+    if not isinstance(value, str) and not isinstance(value, Sequence | set | frozenset):
+        raise TypeError(f"{where}={value!r}: a pattern is a string, several are a list of strings")
+    plain = value if isinstance(value, str) else list(value)
+    if plain == "":
+        return []
+    try:
+        as_patterns(plain, where=where)
+    except ValueError as error:
+        raise MappingError(str(error)) from None
+    return plain
+
+
+def _plain_renames(value: Any) -> dict[str, str] | list[dict[str, str]]:
+    if isinstance(value, Mapping):
+        return _plain_stage(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain_stage(stage) for stage in value]
+    raise TypeError(f"rename={value!r}: a mapping of regex to replacement, or a list of such mappings")
+
+
+def _plain_stage(stage: Any) -> dict[str, str]:
+    if not isinstance(stage, Mapping):
+        raise TypeError(f"rename: a stage is a mapping of regex to replacement, not {stage!r}")
+    for rule, replacement in stage.items():
+        if not isinstance(rule, str) or not isinstance(replacement, str):
+            raise TypeError(f"rename: {rule!r}: {replacement!r} must be two strings")
+    return dict(stage)

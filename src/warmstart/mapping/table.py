@@ -1,0 +1,104 @@
+"""The plan as a few rows: many tensors of one kind and one shape in each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from warmstart.mapping.grouping import grouped, printable
+from warmstart.mapping.plan import Assignment, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One group of tensors.
+
+    Attributes:
+        status: `loaded`, `loaded, frozen`, `tied`, `own init`, `out of scope`, `unused key` or `ignored key`.
+        target: Template of the entries' names; for keys without an entry, of the keys' own.
+        source: How the keys are named: `same name`, a prefix change, or a template.
+        shape: Their shape, and the checkpoint's where it is another.
+        count: How many tensors.
+    """
+
+    status: str
+    target: str
+    source: str
+    shape: str
+    count: int
+
+
+def rows(plan: Plan) -> list[Row]:
+    """All groups of a plan, the loaded ones first."""
+    out: list[Row] = []
+    frozen = set(plan.freeze)
+
+    def add(status: str, items: list[tuple[str, tuple[str, str]]]) -> None:
+        for group in grouped(items):
+            source, shape = group.tag
+            out.append(Row(status, printable(group.template), source, shape, len(group)))
+
+    loaded = [a for a in plan.assignments if a.alias_of is None]
+    for status, chosen in (("loaded, frozen", True), ("loaded", False)):
+        add(
+            status,
+            [(a.target, (_source(a.target, a.sources), _shape(a))) for a in loaded if (a.target in frozen) == chosen],
+        )
+    add("tied", [(a.target, (f"is {a.alias_of}", str(a.shape))) for a in plan.assignments if a.alias_of is not None])
+    entries = plan.targets.entries
+    add("own init", [(name, ("no key", str(entries[name].shape))) for name in plan.missing])
+    add(
+        "own init",
+        [(n, ("other shape", f"{m.model_shape}, checkpoint {m.checkpoint_shape}")) for n, m in plan.mismatched.items()],
+    )
+    add("out of scope", [(name, ("", str(entries[name].shape) if name in entries else "")) for name in plan.excluded])
+    add("unused key", _keys(plan, plan.unexpected))
+    add("ignored key", _keys(plan, plan.ignored))
+    return out
+
+
+def lines(plan: Plan, limit: int = 40) -> list[str]:
+    """The rows as aligned text; the last of at most `limit` lines says how much is left out."""
+    table = rows(plan)
+    shown = table if len(table) <= limit else table[: limit - 1]
+    cells = [(r.status, f"{r.target}  x{r.count}" if r.count > 1 else r.target, r.shape, r.source) for r in shown]
+    widths = [min(60, max((len(cell[i]) for cell in cells), default=0)) for i in range(3)]
+    out = ["  ".join(f"{cell[i]:{widths[i]}}" for i in range(3)) + f"  {cell[3]}" for cell in cells]
+    if len(table) > limit:
+        rest = table[limit - 1 :]
+        out.append(f"... and {sum(row.count for row in rest)} more tensors in {len(rest)} groups")
+    return [line.rstrip() for line in out]
+
+
+def _source(target: str, sources: tuple[str, ...]) -> str:
+    """How a key's name differs from its entry's, said so that like differences read alike."""
+    key = sources[0]
+    if key == target:
+        return "same name"
+    t, k = target.split("."), key.split(".")
+    same = 0
+    while same < min(len(t), len(k)) and t[-1 - same] == k[-1 - same]:
+        same += 1
+    rest_t, rest_k = ".".join(t[: len(t) - same]), ".".join(k[: len(k) - same])
+    if same and (not rest_t or not rest_k):
+        return f"under {printable(rest_k)}" if rest_k else "at the top"
+    if same and not any(map(str.isdecimal, t[: len(t) - same] + k[: len(k) - same])):
+        return f"from {printable(rest_k)}.*"
+    # Indices that both sides share are one template; others are shown as they are.
+    shared = set(t)
+    return "from " + printable(".".join("#" if s.isdecimal() and s in shared else s for s in k))
+
+
+def _shape(assignment: Assignment) -> str:
+    if assignment.cast is None:
+        return str(assignment.shape)
+    source, target = (str(dtype).removeprefix("torch.") for dtype in assignment.cast)
+    return f"{assignment.shape} {source} to {target}"
+
+
+def _keys(plan: Plan, names: tuple[object, ...]) -> list[tuple[str, tuple[str, str]]]:
+    items = []
+    for item in names:
+        number, key = item if isinstance(item, tuple) else (0, item)
+        shape = str(plan.parts[number].checkpoint.info(key).shape)
+        items.append((key, (f"source {number}" if len(plan.parts) > 1 else "", shape)))
+    return items

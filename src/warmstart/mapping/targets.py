@@ -1,0 +1,185 @@
+"""The model's side: every entry with its name, its name without wrappers, its shape, and what it is tied to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from warmstart.errors import MappingError
+from warmstart.mapping.names import join, wrapped_child
+
+Kind = Literal["parameter", "buffer"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """One parameter or persistent buffer of the model.
+
+    Attributes:
+        name: As the module tree spells it, wrapper segments included.
+        clean: The same without wrapper segments.
+        tensor: The parameter or buffer itself.
+        owner: The module that holds it.
+        leaf: Its name in `owner`.
+        alias_of: Name of the first entry that is the same tensor; None for the first one.
+    """
+
+    name: str
+    clean: str
+    kind: Kind
+    tensor: Tensor
+    owner: nn.Module
+    leaf: str
+    alias_of: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def canonical(self) -> str:
+        """The name of the first entry that is this tensor."""
+        return self.alias_of or self.name
+
+
+@dataclass(slots=True)
+class Targets:
+    """All entries of a model, found once.
+
+    Attributes:
+        entries: Name to entry, in the model's order.
+        modules: Clean path to module, for `into`; the spelled path is a key as well.
+        transient: Clean names of non-persistent buffers.
+        extra_state: Clean names of modules' `_extra_state`.
+        wrapper_own: Names that wrapper modules hold themselves (an averaged model's counter).
+        wrapped: Qualified type names of the wrappers met.
+    """
+
+    entries: dict[str, Target] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    transient: set[str] = field(default_factory=set)
+    extra_state: set[str] = field(default_factory=set)
+    wrapper_own: set[str] = field(default_factory=set)
+    wrapped: set[str] = field(default_factory=set)
+    clean_paths: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Targets:
+        """All entries of `model`.
+
+        Raises:
+            MappingError: An entry has no shape yet (lazy), no storage (meta) or only a shard; or two entries have one name.
+        """
+        targets = cls()
+        seen: dict[object, str] = {}
+        clean_names: dict[str, str] = {}
+        for target in _walk(model, targets):
+            name = _identity(target.tensor, seen, target.name)
+            if name != target.name:
+                target = Target(
+                    target.name, target.clean, target.kind, target.tensor, target.owner, target.leaf, alias_of=name
+                )
+            other = clean_names.setdefault(target.clean, target.name)
+            if other != target.name:
+                if targets.entries[other].canonical == target.canonical:
+                    continue  # one module that its wrapper holds under two names
+                raise MappingError(
+                    f"'{other}' and '{target.name}' are both '{target.clean}' without their wrappers; "
+                    "load into the module inside the wrapper instead"
+                )
+            targets.entries[target.name] = target
+        _refuse_unready(targets)
+        return targets
+
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """An entry's name with and without wrapper segments."""
+        clean = self.entries[name].clean
+        return (name,) if clean == name else (name, clean)
+
+    def groups(self) -> dict[str, list[str]]:
+        """First name to all names of every tensor that has more than one."""
+        out: dict[str, list[str]] = {}
+        for target in self.entries.values():
+            if target.alias_of is not None:
+                out.setdefault(target.alias_of, [target.alias_of]).append(target.name)
+        return out
+
+    def clean_segments(self) -> set[str]:
+        names = [t.clean for t in self.entries.values()] + [*self.transient, *self.extra_state]
+        return {segment for name in names for segment in name.split(".")}
+
+
+def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
+    """Depth first, in registration order, every path to every tensor (a shared module is met under each of its names)."""
+    stack: list[tuple[nn.Module, str, str, tuple[int, ...]]] = [(model, "", "", ())]
+    while stack:
+        module, path, clean, above = stack.pop()
+        if id(module) in above:
+            continue
+        wrapper = wrapped_child(module)
+        if wrapper is not None:
+            targets.wrapped.add(type(module).__name__)
+        targets.modules.setdefault(clean, module)
+        targets.modules.setdefault(path, module)
+        targets.clean_paths.setdefault(path, clean)
+        for kind, members in (("parameter", module._parameters), ("buffer", module._buffers)):
+            for leaf, tensor in members.items():
+                if tensor is None:
+                    continue
+                name, clean_name = join(path, leaf), join(clean, leaf)
+                if wrapper is not None:
+                    targets.wrapper_own.add(name)
+                elif kind == "buffer" and leaf in module._non_persistent_buffers_set:
+                    targets.transient.add(clean_name)
+                else:
+                    yield Target(
+                        name, clean_name, "parameter" if kind == "parameter" else "buffer", tensor, module, leaf
+                    )
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            targets.extra_state.add(join(clean, "_extra_state"))
+        children = [(n, m) for n, m in module._modules.items() if m is not None]
+        for leaf, child in reversed(children):
+            child_clean = clean if leaf == wrapper else join(clean, leaf)
+            stack.append((child, join(path, leaf), child_clean, (*above, id(module))))
+
+
+def _identity(tensor: Tensor, seen: dict[object, str], name: str) -> str:
+    """The first name of this tensor: the same object, or another view of exactly the same memory."""
+    first = seen.setdefault(id(tensor), name)
+    if first == name and tensor.device.type != "meta" and not is_lazy(tensor) and tensor.numel():
+        try:
+            memory = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        except RuntimeError:  # a subclass without storage of its own
+            return first
+        if tensor.data_ptr():
+            first = seen.setdefault(memory, name)
+    return first
+
+
+def _refuse_unready(targets: Targets) -> None:
+    lazy = [name for name, t in targets.entries.items() if is_lazy(t.tensor)]
+    if lazy:
+        raise MappingError(
+            f"{lazy[0]} (one of {len(lazy)}) is lazy and has no shape yet; run one forward pass of the model on a dummy "
+            "batch before loading"
+        )
+    meta = [name for name, t in targets.entries.items() if t.tensor.device.type == "meta"]
+    if meta:
+        raise MappingError(
+            f"{meta[0]} (one of {len(meta)}) is on the meta device and has no memory to write to; build the model on a "
+            "real device first, for example `model = Net()` outside `torch.device('meta')`"
+        )
+    sharded = [name for name, t in targets.entries.items() if type(t.tensor).__name__ == "DTensor"]
+    if sharded:
+        raise MappingError(
+            f"{sharded[0]} (one of {len(sharded)}) is sharded over ranks already; load before fully_shard(model)"
+        )

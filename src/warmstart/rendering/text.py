@@ -1,0 +1,75 @@
+"""A report as plain text and as Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from warmstart.mapping.grouping import grouped, printable
+from warmstart.mapping.table import lines, rows
+
+if TYPE_CHECKING:
+    from warmstart.report import Report
+
+
+def verdict(report: Report) -> str:
+    """One line: how much was loaded, whether it was verified, and what keeps its own initialisation."""
+    plan = report.plan
+    loaded, total = len(plan.assignments), len(plan.assignments) + len(plan.missing) + len(plan.mismatched)
+    parts = [f"{loaded}/{total} tensors", f"{_percent(plan.coverage)} of elements"]
+    if report.status == "superseded-by-resume":
+        parts.append("superseded by the resumed checkpoint")
+    elif report.status == "failed":
+        parts.append("FAILED, do not train")
+    elif report.verified != "off":
+        parts.append("verified" if report.verified == "full" else "verified by sample")
+    else:
+        parts.append("not verified")
+    if report.frozen is not None:
+        parts.append(f"{len(report.frozen)} frozen")
+    own = [*plan.missing, *plan.mismatched]
+    if own:
+        groups = [printable(g.template) for g in grouped((name, 0) for name in own)]
+        more = f", ... {len(groups) - 3} more" if len(groups) > 3 else ""
+        parts.append(f"{len(own)} keep their own init ({', '.join(groups[:3])}{more})")
+    source = ", ".join(printable(part.pretrained.label) for part in plan.parts)
+    return f"warmstart: {', '.join(parts)} <- {source} [{report.seconds:.2f} s]"
+
+
+def text(report: Report, limit: int = 40) -> str:
+    """Verdict, grouped table and notes, at most `limit` lines of table."""
+    out = [verdict(report), *(f"  {line}" for line in lines(report.plan, limit))]
+    return "\n".join(out + [f"  note: {note}" for note in report.notes])
+
+
+def markdown(report: Report, limit: int = 200) -> str:
+    """The same for trackers that show Markdown."""
+    table = rows(report.plan)
+    out = [
+        f"**{_cell(verdict(report))}**",
+        "",
+        "| status | entries | tensors | shape | source |",
+        "|---|---|---|---|---|",
+    ]
+    for row in table[:limit]:
+        cells = (row.status, _code(row.target), str(row.count), _cell(row.shape), _cell(row.source))
+        out.append(f"| {' | '.join(cells)} |")
+    if len(table) > limit:
+        out.append(f"| ... | {len(table) - limit} more groups | | | |")
+    return "\n".join([*out, "", *(f"- {_cell(note)}" for note in report.notes)])
+
+
+def _percent(share: float) -> str:
+    # Never rounded up to 100 %.
+    return "100 %" if share == 1 else f"{min(int(share * 10000) / 100, 99.99):.2f} %"
+
+
+_ESCAPED = {c: f"\\{c}" for c in "\\`*_{}[]()#+!|~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " "}
+
+
+def _cell(value: str) -> str:
+    return "".join(_ESCAPED.get(c, c) for c in value)
+
+
+def _code(value: str) -> str:
+    """Inline code: only what ends it, or the table cell, has to go."""
+    return "`" + value.replace("`", "'").replace("|", "\\|").replace("\n", " ") + "`"

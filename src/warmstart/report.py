@@ -1,0 +1,148 @@
+"""The report: the plan, and what became of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from warmstart.freezing import Frozen
+from warmstart.loading.verifying import Difference, differences, raise_differences
+from warmstart.loading.writing import Written
+from warmstart.mapping.plan import Assignment, Mismatch, Plan, Verify
+from warmstart.rendering import text as rendering
+
+Status = Literal["pending", "applied", "failed", "superseded-by-resume", "already-applied"]
+
+
+class Report:
+    """What was loaded from where, how it was verified, and what is frozen. `print(report)` starts with the verdict.
+
+    Attributes:
+        plan: The plan that was carried out.
+        status: `applied` after writing; a host sets `superseded-by-resume` when a resumed checkpoint took over.
+        verified: How values were compared after writing: `full`, `sample` or `off`.
+        bytes_read: Bytes of tensors read from the sources.
+        seconds: Wall-clock seconds of preflight, writing and verification.
+        lineage: Where the values come from, as plain JSON types.
+        frozen: What is frozen, or None.
+    """
+
+    def __init__(self, plan: Plan, written: Written, lineage: dict[str, Any], frozen: Frozen | None) -> None:
+        self.plan = plan
+        self.status: Status = "applied"
+        self.verified: Verify = written.verified
+        self.bytes_read = written.bytes_read
+        self.seconds = written.seconds
+        self.lineage = lineage
+        self.frozen = frozen
+        self.notes = [*plan.notes, *written.notes]
+        self._digests = written.digests
+
+    # The plan's own answers, so that a report can be asked whatever a plan can.
+    @property
+    def assignments(self) -> tuple[Assignment, ...]:
+        return self.plan.assignments
+
+    @property
+    def mapping(self) -> dict[str, tuple[str, ...]]:
+        return self.plan.mapping
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return self.plan.missing
+
+    @property
+    def unexpected(self) -> tuple[Any, ...]:
+        return self.plan.unexpected
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        return self.plan.excluded
+
+    @property
+    def ignored(self) -> tuple[Any, ...]:
+        return self.plan.ignored
+
+    @property
+    def mismatched(self) -> Mapping[str, Mismatch]:
+        return self.plan.mismatched
+
+    @property
+    def coverage(self) -> float:
+        return self.plan.coverage
+
+    @property
+    def prefix(self) -> tuple[str, str] | None:
+        return self.plan.prefix
+
+    def differences(self, model: nn.Module, verify: Verify = "full", *, buffers: bool = True) -> list[Difference]:
+        """The entries of `model` that do not hold their planned value now; parameters alone without `buffers`.
+
+        Raises:
+            CheckpointError: A source cannot be read any more.
+        """
+        return differences(self.plan, model, self._digests, verify, buffers)
+
+    def check(self, model: nn.Module, *, verify: Verify = "full", when: str = "now") -> None:
+        """Compare the model with the plan by reading the source once more.
+
+        Raises:
+            VerificationError: An entry holds another value, is gone, or lost its tie.
+            CheckpointError: A source cannot be read any more.
+        """
+        raise_differences(self.differences(model, verify), when)
+
+    def metrics(self) -> dict[str, float]:
+        """Flat scalars for a logger, all under `warmstart/`."""
+        plan = self.plan
+        return {
+            "warmstart/coverage": plan.coverage,
+            "warmstart/loaded_tensors": float(len(plan.assignments)),
+            "warmstart/own_init_tensors": float(len(plan.missing) + len(plan.mismatched)),
+            "warmstart/unused_keys": float(len(plan.unexpected)),
+            "warmstart/frozen_tensors": float(len(self.frozen) if self.frozen else 0),
+            "warmstart/superseded": float(self.status == "superseded-by-resume"),
+            "warmstart/bytes_read": float(self.bytes_read),
+            "warmstart/seconds": self.seconds,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plan and outcome as plain JSON types."""
+        return {
+            "verdict": rendering.verdict(self),
+            "status": self.status,
+            "verified": self.verified,
+            "bytes_read": self.bytes_read,
+            "seconds": self.seconds,
+            "frozen": list(self.frozen.names) if self.frozen else [],
+            "lineage": self.lineage,
+            "plan": self.plan.to_dict() | {"notes": list(self.notes)},
+        }
+
+    def to_json(self, path: str | os.PathLike[str]) -> Path:
+        """Write `to_dict()` to a file, whole or not at all."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(target)
+        return target
+
+    def to_markdown(self) -> str:
+        """Verdict, grouped table and notes, for trackers that show Markdown."""
+        return rendering.markdown(self)
+
+    def verdict(self) -> str:
+        """The one line that says it all."""
+        return rendering.verdict(self)
+
+    def __str__(self) -> str:
+        return rendering.text(self)
+
+    def __repr__(self) -> str:
+        return f"<Report {self.status}: {self.verdict()}>"
