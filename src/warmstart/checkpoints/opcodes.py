@@ -18,7 +18,7 @@ from warmstart.errors import CheckpointError
 
 Buffer = bytes | bytearray | mmap.mmap
 
-OBJECT_BUDGET = 160 << 20
+OBJECT_BUDGET = 144 << 20
 PER_RECORD = 2 << 10
 MAX_TUPLES = 1_000_000
 MAX_WIDE_INTEGERS = 1_000
@@ -106,7 +106,7 @@ def scan(data: Buffer, start: int, *, where: str, records: int = 0, limit: int |
 def _walk(data: Buffer, start: int, end: int, where: str, spans: array[int]) -> int:
     memo_bound = 1024 + (end - start) // 4
     run = _run(min(memo_bound, 1 << 31).bit_length() - 1)
-    wide = 0
+    wide = text = 0
     position = start
 
     def refuse(what: str) -> CheckpointError:
@@ -138,7 +138,13 @@ def _walk(data: Buffer, start: int, end: int, where: str, spans: array[int]) -> 
                 wide += 1
                 if wide > MAX_WIDE_INTEGERS:
                     raise refuse(f"more than {MAX_WIDE_INTEGERS:,} integers of over 64 bits")
-            position += 1 + width + length
+            first = position + 1 + width
+            if length > 1 << 16 and "UNICODE" in name and _BEYOND_LATIN1.search(data, first, first + length):
+                # One such character makes Python spend four bytes on each.
+                text += 4 * length
+                if text > OBJECT_BUDGET:
+                    raise refuse(f"more than {OBJECT_BUDGET >> 22} MiB of text")
+            position = first + length
         elif code in _LINES:
             after = position + 1
             for _ in range(_LINES[code]):
@@ -173,6 +179,7 @@ def _find_newline(data: Buffer, start: int, end: int) -> int:
     return match.start() if match else -1
 
 
+_BEYOND_LATIN1 = re.compile(rb"[\xc4-\xff]")
 _NEWLINE = re.compile(rb"\n")
 
 

@@ -155,7 +155,7 @@ class Globals:
         if args:
             if not isinstance(args[0], (dict, list, tuple)):
                 raise CheckpointError("an OrderedDict made from something that is no list of pairs")
-            self.spend(len(args[0]))
+            self.spend(8 * len(args[0]))
             made.update(args[0])
         return made
 

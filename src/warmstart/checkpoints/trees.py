@@ -217,11 +217,10 @@ def _collect(chosen: _Candidate, location: str) -> dict[str, Raw]:
 
 def _notes(root: Branch, chosen: _Candidate) -> list[str]:
     notes = []
-    others = list(chosen.branch.others) if chosen.branch is not root or chosen.path == "" else []
-    if others:
+    if chosen.branch.other_count:
         one = "1 entry is not a tensor and was"
-        many = f"{len(others):,} entries are not tensors and were"
-        notes.append(f"{one if len(others) == 1 else many} left out: {listed(others)}")
+        many = f"{chosen.branch.other_count:,} entries are not tensors and were"
+        notes.append(f"{one if chosen.branch.other_count == 1 else many} left out: {listed(chosen.branch.others)}")
     if chosen.scalars_apart:
         scalars = [name for name, child in chosen.branch.children.items() if not isinstance(child, Branch)]
         if scalars:

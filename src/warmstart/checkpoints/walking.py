@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Union, cast
 
 import numpy as np
@@ -14,7 +14,8 @@ from warmstart.checkpoints.leaves import shown
 from warmstart.checkpoints.refs import ArrayRef, OrderedDictRef, SetRef, StorageRef, Stub, TensorRef, Unreadable
 from warmstart.errors import CheckpointError
 
-MAX_NODES: Final = 1_000_000
+MAX_NODES: Final = 2_000_000
+MAX_OTHERS: Final = 1_000
 MAX_DEPTH: Final = 64
 
 Raw = Union[Tensor, "np.ndarray[Any, Any]", "np.generic", TensorRef, ArrayRef, Unreadable]
@@ -33,17 +34,23 @@ class Branch:
 
     Attributes:
         children: What it holds that is a tensor or a branch, by name.
-        others: Names of what it holds beside: numbers, strings, objects.
+        others: Names of the first of what it holds beside: numbers, strings, objects.
+        other_count: How many of these there are.
         role: `optimizer` and `aside` (callbacks, schedulers, hyper-parameters) are not weights by themselves.
         versions: A state dict's `_metadata`, if it has one.
         tensors: How many tensors lie in it, at any depth; optimizer states hold none that count.
+        weight: How many entries it unfolds to, where something is shared.
+        height: How many levels it has.
     """
 
     children: dict[str, Branch | Raw] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
+    other_count: int = 0
     role: Role = "tree"
     versions: object = None
     tensors: int = 0
+    weight: int = 1
+    height: int = 1
 
 
 class Walker:
@@ -53,6 +60,8 @@ class Walker:
         self._location = location
         self._nodes = 0
         self._path: set[int] = set()
+        # What is shared is walked once. The values are kept, so that no id is given out twice.
+        self._known: dict[tuple[int, bool], tuple[object, Branch]] = {}
 
     def walk(self, source: object) -> Branch:
         """The root branch.
@@ -64,52 +73,73 @@ class Walker:
         if entries is None:
             found = "a single tensor" if is_raw(source) else f"an object of type {type_name(source)}"
             raise CheckpointError(
-                f"{self._location}: holds {found}, not named tensors; save a dict of them: torch.save(model.state_dict(), path)"
+                f"{self._location}: holds {found}, not named tensors; save a dict of them: "
+                "torch.save(model.state_dict(), path)"
             )
-        return self._branch(source, entries, 0)
+        return self._branch(source, entries, 0, False)
 
-    def _branch(self, source: object, entries: Iterable[tuple[object, object]], depth: int) -> Branch:
+    def _branch(self, source: object, entries: Iterable[tuple[object, object]], depth: int, aside: bool) -> Branch:
+        known = self._known.get((id(source), aside))
+        if known is not None:
+            self._check(depth + known[1].height, known[1].weight)
+            return known[1]
+        if depth > MAX_DEPTH and aside:
+            return Branch()
+        self._check(depth, 0)
+        branch = Branch(versions=versions_of(source))
+        self._path.add(id(source))
+        for key, value in entries:
+            self._nodes += 1
+            self._add(branch, key, value, depth, aside)
+            self._check(depth, max(branch.weight, self._nodes))
+        self._path.discard(id(source))
+        self._known[id(source), aside] = (source, branch)
+        return branch
+
+    def _check(self, depth: int, nodes: int) -> None:
         if depth > MAX_DEPTH:
             raise CheckpointError(
                 f"{self._location}: nested deeper than {MAX_DEPTH} levels; save a plain state dict: "
                 "torch.save(model.state_dict(), path)"
             )
-        branch = Branch(versions=versions_of(source))
-        self._path.add(id(source))
-        for key, value in entries:
-            self._nodes += 1
-            if self._nodes > MAX_NODES:
-                raise CheckpointError(
-                    f"{self._location}: more than {MAX_NODES:,} entries (or the same ones shared over and over); "
-                    "save a plain state dict: torch.save(model.state_dict(), path)"
-                )
-            self._add(branch, key, value, depth)
-        self._path.discard(id(source))
-        return branch
+        if nodes > MAX_NODES:
+            raise CheckpointError(
+                f"{self._location}: more than {MAX_NODES:,} entries (or the same ones shared over and over); "
+                "save a plain state dict: torch.save(model.state_dict(), path)"
+            )
 
-    def _add(self, branch: Branch, key: object, value: object, depth: int) -> None:
-        child: Branch | Raw
+    def _add(self, branch: Branch, key: object, value: object, depth: int, aside: bool) -> None:
         if is_raw(value):
-            child = cast(Raw, value)
             branch.tensors += 1
+            branch.weight += 1
+            self._put(branch, key, cast(Raw, value))
+            return
+        below = None if id(value) in self._path else entries_of(value)
+        if below is None:
+            branch.other_count += 1
+            if len(branch.others) < MAX_OTHERS:
+                branch.others.append(spelled(key) or type_name(key))
+            return
+        name = spelled(key)
+        if name is not None and (is_optimizer_name(name) or is_optimizer(value)):
+            child = Branch(role="optimizer")
         else:
-            below = None if id(value) in self._path else entries_of(value)
-            name = spelled(key)
-            if below is None:
-                if len(branch.others) < MAX_NODES:
-                    branch.others.append(name if name is not None else type_name(key))
-                return
-            if name is not None and (is_optimizer_name(name) or is_optimizer(value)):
-                child = Branch(role="optimizer")
-            else:
-                child = self._branch(value, below, depth + 1)
-                if name is not None and is_aside_name(name):
-                    child.role = "aside"
-            branch.tensors += child.tensors
+            beside = name is not None and is_aside_name(name)
+            child = self._branch(value, below, depth + 1, aside or beside)
+            if not child.tensors:
+                if name is None:
+                    return
+                child = Branch()
+            if beside:
+                child = replace(child, role="aside")
+        branch.tensors += child.tensors
+        branch.weight += child.weight
+        branch.height = max(branch.height, 1 + child.height)
+        self._put(branch, key, child)
+
+    def _put(self, branch: Branch, key: object, child: Branch | Raw) -> None:
         name = spelled(key)
         if name is None:
-            if isinstance(child, Branch) and not child.tensors:
-                return
             raise CheckpointError(
                 f"{self._location}: a tensor lies under a key of type {type_name(key)}; keys must be strings or numbers: "
                 "save a dict with names"
