@@ -132,6 +132,9 @@ class Globals:
                 ("__builtin__", "set"): _set,
                 ("builtins", "frozenset"): _set,
                 ("__builtin__", "frozenset"): _set,
+                # Protocol 2 spells empty bytes as a call; with an argument it could ask for any amount of memory.
+                ("builtins", "bytes"): lambda *args: Stub() if args else b"",
+                ("__builtin__", "bytes"): lambda *args: Stub() if args else b"",
                 ("copyreg", "_reconstructor"): _reconstructor,
                 ("copy_reg", "_reconstructor"): _reconstructor,
                 ("_codecs", "encode"): self._encode,

@@ -73,13 +73,16 @@ def open_torch_zip(
     )
 
 
-def storage_maker(made: list[StorageRef]) -> Callable[[object], StorageRef]:
+def storage_maker(made: list[StorageRef]) -> Callable[[object], object]:
     """What turns the persistent ids of `torch.save` into storages, once for each name and dtype; `made` collects them."""
     known: dict[tuple[str, str], StorageRef] = {}
 
-    def make(pid: object) -> StorageRef:
+    def make(pid: object) -> object:
+        # ("module", class, source file, source): the legacy format's note on a class that was pickled whole.
+        if type(pid) is tuple and len(pid) == 4 and pid[0] == "module":
+            return pid[1]
         # ("storage", storage type, key, location, number of elements[, view of another storage])
-        if type(pid) is not tuple or len(pid) not in {5, 6} or pid[0] not in {"storage", b"storage"}:
+        if type(pid) is not tuple or len(pid) not in {5, 6} or pid[0] != "storage":
             raise CheckpointError("a reference to something that is no storage")
         _, kind, key, _, numel = pid[:5]
         if type(kind) is not StorageType or type(key) not in {str, int} or type(numel) is not int:

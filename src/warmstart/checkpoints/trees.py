@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from warmstart.checkpoints.leaves import counted, listed, shown
-from warmstart.checkpoints.walking import Branch, Raw, Walker, clean_versions, is_optimizer_name
+from warmstart.checkpoints.walking import Branch, Raw, Walker, clean_versions, is_optimizer, is_optimizer_name
 from warmstart.errors import CheckpointError
 
 MAX_NAME_BYTES: Final = 64 << 20
@@ -58,6 +58,10 @@ def take_tree(source: object, *, location: str, checkpoint_key: str | None) -> T
     Raises:
         CheckpointError: There is none, there are several, or it is an optimizer's state.
     """
+    if is_optimizer(source):
+        raise CheckpointError(
+            f"{location}: is an optimizer's state, not weights; save the model's: torch.save(model.state_dict(), path)"
+        )
     root = Walker(location).walk(source)
     candidates = _candidates(root, "")
     if any(_ndim(raw) for candidate in candidates for _, raw in candidate.items()):
