@@ -91,7 +91,10 @@ class WarmStart(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._checked = self._first_batch = False
-        if stage != "fit" or self._life.applied_to(pl_module):
+        if stage != "fit":
+            return
+        if self._life.applied_to(pl_module):
+            self._life.apply(pl_module)
             return
         if trainer.strategy.restore_checkpoint_after_setup:
             raise TimingError(
@@ -166,7 +169,7 @@ class WarmStart(Callback):
         self._first_batch = first
         if not self._logs:
             return
-        folder = None if getattr(trainer, "fast_dev_run", False) else trainer.log_dir  # broadcasts: all ranks ask
+        folder = None if _leaves_no_trace(trainer) else trainer.log_dir  # broadcasts: all ranks ask
         if first and self.report is not None:
             self._tell(trainer, self.report, folder)
         elif first:
@@ -206,6 +209,10 @@ class WarmStart(Callback):
 def _warm_starts(trainer: Trainer) -> list[WarmStart]:
     # `trainer.callbacks` is an attribute that Lightning sets without declaring it.
     return [c for c in getattr(trainer, "callbacks", []) if isinstance(c, WarmStart)]
+
+
+def _leaves_no_trace(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False)) or trainer.barebones
 
 
 def _resumed(trainer: Trainer) -> bool:

@@ -91,8 +91,10 @@ class Lifecycle:
             WarmStartError: As `warmstart.load`.
         """
         if self.applied_to(model):
-            if self.report is not None:
+            if self.report is not None and self.report.plan.model is model:
                 self.report.status = "already-applied"
+            else:  # another model was loaded in between; this one keeps what it has learnt
+                self.report = self.frozen = None
             return
         done = self._done
         self._reset()

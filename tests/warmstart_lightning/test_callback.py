@@ -1,0 +1,392 @@
+"""WarmStart in real Trainers: the right moment, once, resume wins, frozen stays frozen."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from warmstart import (
+    CheckpointError,
+    FrozenChangedError,
+    MappingError,
+    Pretrained,
+    VerificationError,
+)
+from warmstart_lightning import WarmStart
+
+# Lightning advises about workers, loggers and short epochs; none of it is what these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+PLACES = ("init", "setup", "configure_model")
+
+
+def make_encoder() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 8))
+
+
+class Module(LightningModule):
+    """An encoder built in one of three places, and a head; remembers what its hooks saw."""
+
+    def __init__(self, place: str = "init", lr: float = 0.1) -> None:
+        super().__init__()
+        self.place, self.lr = place, lr
+        self.seen: dict[str, object] = {}
+        if place == "init":
+            self.build()
+        self.head = nn.Linear(8, 2)
+
+    def build(self) -> None:
+        self.encoder = make_encoder()
+
+    def setup(self, stage: str) -> None:
+        if self.place == "setup" and not hasattr(self, "encoder"):
+            self.build()
+
+    def configure_model(self) -> None:
+        if self.place == "configure_model" and not hasattr(self, "encoder"):
+            self.build()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self.head(self.encoder(x)), y)
+
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        self.seen["trainable"] = {n for n, p in self.named_parameters() if p.requires_grad}
+        self.seen["at_optimizer"] = copy.deepcopy(self.encoder.state_dict())
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.1)
+
+    def on_train_start(self) -> None:
+        self.seen["at_train_start"] = copy.deepcopy(self.encoder.state_dict())
+
+
+class InitOnly(LightningModule):
+    """Overrides neither `setup` nor `configure_model`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = make_encoder(), nn.Linear(8, 2)
+
+    training_step = Module.training_step
+    configure_optimizers = Module.configure_optimizers
+    on_train_start = Module.on_train_start
+    seen: dict[str, object]
+    lr = 0.1
+
+    def setup_seen(self) -> InitOnly:
+        self.seen = {}
+        return self
+
+
+def data() -> DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(32, 4, generator=generator)
+    return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    torch.manual_seed(7)
+    encoder = make_encoder()
+    encoder(torch.randn(64, 4) * 3 + 1)  # statistics that no fresh BatchNorm has
+    path = tmp_path / "pretrained.pt"
+    torch.save({"state_dict": {f"model.{k}": v for k, v in encoder.state_dict().items()}}, path)
+    return path
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    tree = torch.load(path, weights_only=True)["state_dict"]
+    return {key.removeprefix("model."): value for key, value in tree.items()}
+
+
+def trainer(tmp_path: Path, *callbacks: Callback, **kwargs) -> Trainer:
+    kwargs = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, **kwargs}
+    return Trainer(
+        default_root_dir=tmp_path / "run", accelerator="cpu", devices=1, callbacks=list(callbacks),
+        enable_progress_bar=False, enable_model_summary=False, **kwargs,
+    )  # fmt: skip
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_field_note_4_layers_load_wherever_they_are_made(tmp_path, source, place):
+    callback, module = WarmStart(source, into="encoder", freeze=True), Module(place)
+    trainer(tmp_path, callback).fit(module, data())
+    expected = weights(source)
+    assert equal(module.seen["at_optimizer"], expected)
+    assert equal(module.seen["at_train_start"], expected)
+    assert module.seen["trainable"] == {"head.weight", "head.bias"}
+    # field note 11: neither parameters nor statistics moved in two epochs with weight decay
+    assert equal(module.encoder.state_dict(), expected)
+    assert callback.report.status == "applied"
+    assert callback.report.coverage == 1
+
+
+def test_layers_made_in_init_alone(tmp_path, source):
+    module = InitOnly().setup_seen()
+    trainer(tmp_path, WarmStart(source, into="encoder", freeze=True)).fit(module, data())
+    assert equal(module.seen["at_train_start"], weights(source))
+
+
+def test_layers_mixed_over_two_places(tmp_path, source):
+    class Mixed(Module):
+        def build(self) -> None:
+            self.encoder = make_encoder()[:2]
+
+        def configure_model(self) -> None:
+            if len(self.encoder) == 2:
+                self.encoder = nn.Sequential(*self.encoder, *make_encoder()[2:])
+
+    module = Mixed("init")
+    trainer(tmp_path, WarmStart(source, into="encoder")).fit(module, data())
+    assert equal(module.seen["at_train_start"], weights(source))
+
+
+def test_without_freeze_the_loaded_weights_train(tmp_path, source):
+    module = Module()
+    trainer(tmp_path, WarmStart(source, into="encoder")).fit(module, data())
+    assert equal(module.seen["at_train_start"], weights(source))
+    assert not torch.equal(module.encoder[0].weight, weights(source)["0.weight"])
+
+
+def test_frozen_part_s_training_output_equals_its_eval_output(tmp_path, source):
+    """field_note_11: normalises by its statistics and drops nothing out, whatever train() is called."""
+
+    class Probe(Callback):
+        outputs: tuple[torch.Tensor, torch.Tensor]
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.train()
+            assert pl_module.head.training
+            before = pl_module.encoder(batch[0])
+            reference = make_encoder().eval()
+            reference.load_state_dict(weights(source))
+            Probe.outputs = (before, reference(batch[0]))
+
+    trainer(tmp_path, WarmStart(source, into="encoder", freeze=True), Probe()).fit(Module(), data())
+    assert torch.equal(*Probe.outputs)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_field_note_3_a_resumed_run_keeps_its_own_weights(tmp_path, source, place):
+    saving = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    first = Module(place)
+    trainer(tmp_path, WarmStart(source, into="encoder"), saving, max_epochs=1, enable_checkpointing=True).fit(first, data())
+    trained = copy.deepcopy(first.encoder.state_dict())
+
+    callback, second = WarmStart(source, into="encoder"), Module(place)
+    trainer(tmp_path, callback).fit(second, data(), ckpt_path=tmp_path / "ckpt" / "last.ckpt")
+    assert equal(second.seen["at_train_start"], trained)
+    assert callback.report.status == "superseded-by-resume"
+    assert "superseded" in callback.report.verdict()
+    assert not equal(trained, weights(source))
+
+
+@pytest.mark.parametrize("freeze", [True, ["encoder"], False])
+def test_field_note_43_resume_without_the_pretrained_file(tmp_path, source, freeze):
+    saving = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    first, before = Module(), WarmStart(source, into="encoder", freeze=freeze)
+    trainer(tmp_path, before, saving, max_epochs=1, enable_checkpointing=True).fit(first, data())
+    lineage = before.state_dict()["lineage"]
+    source.unlink()
+
+    callback, second = WarmStart(source, into="encoder", freeze=freeze), Module()
+    trainer(tmp_path, callback).fit(second, data(), ckpt_path=tmp_path / "ckpt" / "last.ckpt")
+    trainable = {"head.weight", "head.bias"} if freeze else {n for n, _ in second.named_parameters()}
+    assert second.seen["trainable"] == trainable
+    assert callback.state_dict()["lineage"] == lineage
+    if freeze:
+        assert equal(second.encoder.state_dict(), first.encoder.state_dict())
+
+    with pytest.raises(CheckpointError, match=r"pretrained\.pt"):
+        trainer(tmp_path, WarmStart(source, into="encoder", freeze=freeze)).fit(Module(), data())
+
+
+def test_field_note_12_another_freeze_set_on_resume_is_an_error_in_words(tmp_path, source):
+    saving = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    run = trainer(tmp_path, WarmStart(source, into="encoder", freeze=True), saving, max_epochs=1, enable_checkpointing=True)
+    run.fit(Module(), data())
+    path = tmp_path / "ckpt" / "last.ckpt"
+    with pytest.raises(FrozenChangedError, match=r"was frozen, trains now(.|\n)*on_freeze_change"):
+        trainer(tmp_path, WarmStart(source, into="encoder")).fit(Module(), data(), ckpt_path=path)
+
+
+def test_field_note_9_validate_alone_and_after_fit_never_load(tmp_path, source):
+    callback, module = WarmStart(source, into="encoder"), Module()
+    fresh = copy.deepcopy(module.encoder.state_dict())
+    run = trainer(tmp_path, callback)
+    run.validate(module, data(), verbose=False)
+    assert torch.equal(module.encoder[0].weight, fresh["0.weight"])
+    assert callback.report is None
+
+    run.fit(module, data())
+    trained = copy.deepcopy(module.encoder.state_dict())
+    run.validate(module, data(), verbose=False)
+    run.test(module, data(), verbose=False)
+    assert torch.equal(module.encoder[0].weight, trained["0.weight"])
+
+
+def test_field_note_9_a_second_fit_goes_on_from_the_trained_weights(tmp_path, source):
+    callback, module = WarmStart(source, into="encoder"), Module()
+    trainer(tmp_path, callback).fit(module, data())
+    trained = copy.deepcopy(module.encoder.state_dict())
+    trainer(tmp_path, callback).fit(module, data())
+    assert equal(module.seen["at_train_start"], trained)
+    assert callback.report.status == "already-applied"
+
+    other = Module()  # a new model is loaded anew
+    trainer(tmp_path, callback).fit(other, data())
+    assert equal(other.seen["at_train_start"], weights(source))
+    assert callback.report.status == "applied"
+
+    trained = copy.deepcopy(module.encoder.state_dict())
+    trainer(tmp_path, callback).fit(module, data())  # and the first is still known
+    assert equal(module.seen["at_train_start"], trained)
+
+
+def test_sanity_validation_moves_nothing_and_is_checked_before(tmp_path, source):
+    module = Module()
+    trainer(tmp_path, WarmStart(source, into="encoder"), num_sanity_val_steps=2).fit(module, data(), data())
+    assert equal(module.seen["at_train_start"], weights(source))
+
+
+class Overwrite(Callback):
+    """Does in one hook what a strategy, a callback or a module might do to loaded weights."""
+
+    def __init__(self, hook: str, act) -> None:
+        setattr(self, hook, lambda trainer, module, *args: act(module))
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_epoch_start", "on_train_start"])
+def test_field_note_10_a_hook_that_overwrites_what_was_loaded_stops_the_run(tmp_path, source, hook):
+    callback, module = WarmStart(source, into="encoder"), Module()
+    spoil = Overwrite(hook, lambda m: m.encoder[0].reset_parameters())
+    with pytest.raises(VerificationError, match=r"encoder\.0\.\{bias,weight\}") as caught:
+        trainer(tmp_path, callback, spoil).fit(module, data())
+    assert set(caught.value.tensors) == {"encoder.0.weight", "encoder.0.bias"}
+    assert callback.report.status == "failed"
+
+
+def test_a_replaced_submodule_is_found_by_identity(tmp_path, source):
+    def replace(module):
+        module.encoder = copy.deepcopy(module.encoder)
+
+    with pytest.raises(VerificationError, match="no longer part of the model"):
+        trainer(tmp_path, WarmStart(source, into="encoder"), Overwrite("on_fit_start", replace)).fit(Module(), data())
+
+
+def test_field_note_32_a_later_unfreeze_is_found(tmp_path, source):
+    thaw = Overwrite("on_fit_start", lambda m: m.encoder[0].weight.requires_grad_(True))
+    with pytest.raises(FrozenChangedError, match="requires_grad=True again"):
+        trainer(tmp_path, WarmStart(source, into="encoder", freeze=True), thaw).fit(Module(), data())
+
+
+def test_a_frozen_tensor_that_moves_in_training_is_named_at_the_epoch_s_end(tmp_path, source):
+    def nudge(module):
+        with torch.no_grad():
+            module.encoder[3].weight += 1
+
+    spoil = Overwrite("on_train_batch_end", nudge)
+    with pytest.raises(FrozenChangedError, match=r"encoder\.3\.weight") as caught:
+        trainer(tmp_path, WarmStart(source, into="encoder", freeze=True), spoil).fit(Module(), data())
+    assert caught.value.tensors == ("encoder.3.weight",)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("memory", [False, True], ids=["file", "memory"])
+def test_precisions_that_cast_the_model_raise_no_false_alarm(tmp_path, source, precision, memory):
+    class Cast(Module):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch[0].to(self.head.weight.dtype), batch[1]), batch_idx)
+
+    callback = WarmStart(weights(source) if memory else source, into="encoder", freeze=True)
+    module = Cast()
+    trainer(tmp_path, callback, precision=precision).fit(module, data())
+    assert callback.report.status == "applied"
+    dtype = module.encoder[0].weight.dtype
+    assert torch.equal(module.encoder[0].weight, weights(source)["0.weight"].to(dtype))
+
+
+def test_errors_come_at_setup_and_leave_the_model_untouched(tmp_path, source, fingerprint):
+    module = Module()
+    before = fingerprint(module)
+    with pytest.raises(MappingError, match=r"did you mean 'encoder'"):
+        trainer(tmp_path, WarmStart(source, into="encodr")).fit(module, data())
+    assert fingerprint(module) == before
+    assert "setup" not in module.__dict__
+    assert "configure_model" not in module.__dict__
+    pickle.dumps(module)
+
+
+def test_two_warm_starts_in_one_trainer(tmp_path, source):
+    head = {"weight": torch.full((2, 8), 2.0), "bias": torch.full((2,), 3.0)}
+    one, two = WarmStart(source, into="encoder"), WarmStart(head, into="head")
+    seen = {}
+    look = Overwrite("on_train_start", lambda m: seen.update(copy.deepcopy(m.state_dict())))
+    trainer(tmp_path, one, two, look).fit(Module(), data())
+    assert torch.equal(seen["head.weight"], head["weight"])
+    assert torch.equal(seen["encoder.0.weight"], weights(source)["0.weight"])
+    assert one.state_key != two.state_key
+
+
+def test_two_warm_starts_that_write_the_same_entry_are_refused(tmp_path, source):
+    two = (WarmStart(source, into="encoder"), WarmStart(weights(source), into="encoder", name="again"))
+    with pytest.raises(MappingError, match=r"two warm starts write 9 of the same entries"):
+        trainer(tmp_path, *two).fit(Module(), data())
+
+
+def test_lineage_survives_in_the_run_s_checkpoint_as_plain_types(tmp_path, source):
+    saving = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    callback = WarmStart(source, into="encoder", freeze=True)
+    trainer(tmp_path, callback, saving, max_epochs=1, enable_checkpointing=True).fit(Module(), data())
+    saved = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)
+    state = saved["callbacks"][callback.state_key]
+    assert state == json.loads(json.dumps(state))
+    assert state["lineage"]["sources"][0]["location"] == str(source)
+    assert state["lineage"]["sources"][0]["checkpoint_key"] == "state_dict"
+    assert state["frozen"] == sorted(f"encoder.{k}" for k in weights(source))
+    assert str(tmp_path) not in callback.state_key
+    Module.load_from_checkpoint(tmp_path / "ckpt" / "last.ckpt", place="init")
+
+
+def test_the_callback_pickles_and_deep_copies(source):
+    callback = WarmStart(Pretrained(source, into="encoder", freeze=True), verify="sample")
+    for twin in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        assert twin.state_key == callback.state_key
+        assert twin.pretrained[0].into == "encoder"
+        assert twin.report is None
+
+
+@pytest.mark.parametrize(("field", "value"), [("verify", "some"), ("held", "off"), ("on_freeze_change", "ignore")])
+def test_a_value_that_cannot_be_meant_names_the_choices(source, field, value):
+    with pytest.raises(MappingError, match=f"{field}='{value}': one of"):
+        WarmStart(source, **{field: value})
+
+
+def test_fast_dev_run_and_barebones(tmp_path, source):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = Module()
+        trainer(tmp_path, WarmStart(source, into="encoder"), fast_dev_run=2).fit(module, data())
+        assert equal(module.seen["at_train_start"], weights(source))
+        bare = Trainer(barebones=True, max_epochs=1, accelerator="cpu", callbacks=[WarmStart(source, into="encoder")])
+        module = Module()
+        bare.fit(module, data())
+        assert equal(module.seen["at_train_start"], weights(source))
