@@ -21,9 +21,7 @@ def test_importing_warmstart_brings_torch_and_no_framework():
 
 
 def test_a_missing_host_is_named_with_the_line_to_install_it():
-    program = (
-        "import sys; sys.modules['lightning'] = None; sys.modules['lightning.pytorch'] = None\nimport warmstart_lightning"
-    )
+    program = "import sys; sys.modules['lightning'] = None; sys.modules['lightning.pytorch'] = None\nimport warmstart_lightning"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "pip install 'warmstart[lightning]'" in done.stderr

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent.parent
 def test_the_wheel_lists_every_package_and_each_is_typed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
-    found = {str(p.parent.relative_to(ROOT)) for root in ("src", "integrations") for p in (ROOT / root).glob("*/__init__.py")}
+    found = {
+        str(p.parent.relative_to(ROOT)) for root in ("src", "integrations") for p in (ROOT / root).glob("*/__init__.py")
+    }
     assert listed == found
     assert all((ROOT / package / "py.typed").exists() for package in listed)
 

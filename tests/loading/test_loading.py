@@ -46,7 +46,14 @@ def test_the_three_ways_people_do_it_by_hand(tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
     np.save(tmp_path / "a.npy", np.array(arrays, dtype=object), allow_pickle=True)
     save_file(state, tmp_path / "a.safetensors")
-    for source in (tmp_path / "a.pth", state, tmp_path / "a.npz", tmp_path / "a.npy", arrays, tmp_path / "a.safetensors"):
+    for source in (
+        tmp_path / "a.pth",
+        state,
+        tmp_path / "a.npz",
+        tmp_path / "a.npy",
+        arrays,
+        tmp_path / "a.safetensors",
+    ):
         model = Net()
         report = warmstart.load(model, source)
         assert all(same_bits(v, state[k]) for k, v in model.state_dict().items()), source
@@ -59,7 +66,9 @@ def test_a_module_and_an_opened_checkpoint_are_sources(tmp_path):
     for source in (donor, warmstart.open_checkpoint(donor.state_dict())):
         model = Net()
         warmstart.load(model, source)
-        assert all(same_bits(a, b) for a, b in zip(model.state_dict().values(), donor.state_dict().values(), strict=True))
+        assert all(
+            same_bits(a, b) for a, b in zip(model.state_dict().values(), donor.state_dict().values(), strict=True)
+        )
 
 
 def test_field_note_5_parameters_keep_their_identity_and_the_optimizer_trains_them():
@@ -101,7 +110,7 @@ def test_the_caller_s_dict_is_not_changed():
 @pytest.mark.parametrize("keys", [("embed.weight",), ("out.weight",), ("embed.weight", "out.weight")])
 def test_field_note_14_ties_are_kept_whichever_key_the_file_has(keys):
     model, value = Tied(), torch.randn(6, 3)
-    report = warmstart.load(model, {key: value for key in keys})
+    report = warmstart.load(model, dict.fromkeys(keys, value))
     assert model.out.weight is model.embed.weight
     assert same_bits(model.embed.weight.detach(), value)
     assert report.missing == ()

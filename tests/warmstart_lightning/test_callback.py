@@ -188,7 +188,9 @@ def test_frozen_part_s_training_output_equals_its_eval_output(tmp_path, source):
 def test_field_note_3_a_resumed_run_keeps_its_own_weights(tmp_path, source, place):
     saving = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     first = Module(place)
-    trainer(tmp_path, WarmStart(source, into="encoder"), saving, max_epochs=1, enable_checkpointing=True).fit(first, data())
+    trainer(tmp_path, WarmStart(source, into="encoder"), saving, max_epochs=1, enable_checkpointing=True).fit(
+        first, data()
+    )
     trained = copy.deepcopy(first.encoder.state_dict())
 
     callback, second = WarmStart(source, into="encoder"), Module(place)
@@ -221,7 +223,9 @@ def test_field_note_43_resume_without_the_pretrained_file(tmp_path, source, free
 
 def test_field_note_12_another_freeze_set_on_resume_is_an_error_in_words(tmp_path, source):
     saving = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
-    run = trainer(tmp_path, WarmStart(source, into="encoder", freeze=True), saving, max_epochs=1, enable_checkpointing=True)
+    run = trainer(
+        tmp_path, WarmStart(source, into="encoder", freeze=True), saving, max_epochs=1, enable_checkpointing=True
+    )
     run.fit(Module(), data())
     path = tmp_path / "ckpt" / "last.ckpt"
     with pytest.raises(FrozenChangedError, match=r"was frozen, trains now(.|\n)*on_freeze_change"):

@@ -14,6 +14,7 @@ from torch import nn
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
 from warmstart.mapping.pretrained import Pretrained
+from warmstart.mapping.table import lines
 from warmstart.mapping.targets import Targets
 
 if TYPE_CHECKING:
@@ -159,6 +160,14 @@ class Plan:
         sources = ", ".join(part.pretrained.label for part in self.parts)
         head = f"{sources} does not fit {self.model_name}: {count}, nothing was written"
         return "\n\n".join([head, *(f"{problem.kind}: {problem.message}" for problem in self.errors)])
+
+    def __str__(self) -> str:
+        """A line on what would be loaded, the grouped table and the notes; with errors, those."""
+        if self.errors:
+            return self.explain()
+        sources = ", ".join(part.pretrained.label for part in self.parts)
+        head = f"plan: {len(self.assignments)} tensors, {self.coverage:.2%} of elements <- {sources}"
+        return "\n".join([head, *(f"  {line}" for line in lines(self)), *(f"  note: {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types."""

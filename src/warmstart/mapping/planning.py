@@ -151,7 +151,8 @@ def _renamed(keys: list[_Key], pretrained: Pretrained, errors: list[Problem]) ->
         for key in keys:
             rest = strip(key.name, prefix)
             if rest is not None:
-                key.name, hits = rest, hits + 1
+                key.name = rest
+                hits += 1
         if not hits and not pretrained.strip_prefix.startswith("?"):
             near = _did_you_mean(prefix, originals)
             message = f"strip_prefix={prefix!r} is the leading path of no checkpoint key{near}"
@@ -261,8 +262,8 @@ def _leftovers(keys: list[_Key], into: str, scope: list[Target], targets: Target
     )
     reasons: dict[str, list[str]] = {}
     for key in keys:
-        names = [key.clean, join(into, key.name)] + ([join(into, key.rewritten)] if key.rewritten else [])
-        reason = next((words for group, words in known if any(name in group for name in names)), None)
+        spellings = [key.clean, join(into, key.name)] + ([join(into, key.rewritten)] if key.rewritten else [])
+        reason = next((words for group, words in known if any(name in group for name in spellings)), None)
         if reason is None and key.name.rpartition(".")[2] == "_extra_state":
             reason = known[2][1]
         if reason is None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from warmstart.mapping.grouping import grouped, printable
-from warmstart.mapping.plan import Assignment, Plan
+
+if TYPE_CHECKING:
+    from warmstart.mapping.plan import Assignment, Plan
 
 
 @dataclass(frozen=True, slots=True)
