@@ -24,6 +24,7 @@ from warmstart.checkpoints.leaves import (
     listed,
     row_major,
     shown,
+    unfolds_too_far,
 )
 from warmstart.checkpoints.refs import ArrayRef, StorageRef, TensorRef, Unreadable, torch_dtype, why_not
 from warmstart.checkpoints.trees import take_tree
@@ -139,7 +140,7 @@ def array_leaf(ref: ArrayRef, where: str) -> StridedLeaf | None:
         kind = why_not(code) if ref.dtype.plain else "it is a structured array; save its fields as arrays of their own"
         raise CheckpointError(f"{where} has numpy dtype {shown(code)}: {kind}")
     need = math.prod(ref.shape) * dtype.itemsize
-    if any(size < 0 for size in ref.shape) or need != len(ref.data):
+    if any(size < 0 for size in ref.shape) or unfolds_too_far(ref.shape) or need != len(ref.data):
         raise CheckpointError(
             f"{where}: damaged: shape {ref.shape} of {code} needs {need:,} bytes and has {len(ref.data):,}; "
             "get the file again from where it came"

@@ -227,11 +227,16 @@ def check_extent(
     if need > nbytes:
         return f"it needs {need:,} bytes and its storage has {nbytes:,}"
     total = math.prod(shape) * dtype.itemsize
-    if math.prod(size for size in shape if size) >= 1 << 62:
-        return "it has more than 2**62 elements"
+    if unfolds_too_far(shape):
+        return "its sizes multiply to more than 2**58 elements"
     if total > max(nbytes, file_size, OVERLAP_LIMIT):
         return f"its elements overlap and would be {total:,} bytes from a storage of {nbytes:,}"
     return None
+
+
+def unfolds_too_far(shape: Sequence[int]) -> bool:
+    """Whether sizes multiply to more than torch can count in bytes, be one of them zero or not."""
+    return math.prod(size for size in shape if size) >= 1 << 58
 
 
 def swap_bytes(raw: Tensor, size: int) -> Tensor:

@@ -26,6 +26,7 @@ from warmstart.checkpoints.leaves import (
     listed,
     row_major,
     shown,
+    unfolds_too_far,
 )
 from warmstart.checkpoints.refs import ArrayRef, OrderedDictRef, StorageRef, torch_dtype, why_not
 from warmstart.checkpoints.torch_legacy import storage_from_bytes
@@ -178,8 +179,9 @@ def read_header(head: bytes | bytearray, where: str) -> Header:
     if type(fields) is not dict or set(fields) != {"descr", "fortran_order", "shape"}:
         raise refuse("it does not have exactly descr, fortran_order and shape")
     shape, descr = fields["shape"], fields["descr"]
-    if type(shape) is not tuple or not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):
-        raise refuse("its shape is not a tuple of sizes")
+    sized = type(shape) is tuple and all(type(size) is int and 0 <= size < 1 << 62 for size in shape)
+    if not sized or unfolds_too_far(shape):
+        raise refuse("its shape is not a tuple of possible sizes")
     if len(shape) > MAX_DIMS or type(fields["fortran_order"]) is not bool:
         raise refuse(f"more than {MAX_DIMS} dimensions, or an order that is neither True nor False")
     match = _DESCR.fullmatch(descr) if type(descr) is str else None

@@ -17,6 +17,7 @@ from warmstart.checkpoints.leaves import (
     counted,
     row_major,
     shown,
+    unfolds_too_far,
 )
 from warmstart.errors import CheckpointError
 
@@ -113,8 +114,8 @@ def _leaf(file: MappedFile, name: str, entry: object, data_start: int) -> tuple[
             f"{file.path}: {shown(name)} has dtype {shown(code)}, which this torch ({torch.__version__}) cannot read; "
             "save it in another dtype, or install a newer torch"
         )
-    if not _naturals(shape) or len(shape) > MAX_DIMS:
-        raise _damaged(file, f"the shape of {shown(name)} is not a list of at most {MAX_DIMS} sizes")
+    if not _naturals(shape) or len(shape) > MAX_DIMS or unfolds_too_far(shape):
+        raise _damaged(file, f"the shape of {shown(name)} is not a list of at most {MAX_DIMS} possible sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(file, f"the data_offsets of {shown(name)} are not two rising positions")
     begin, end = offsets

@@ -97,7 +97,7 @@ def _read_chain(data: opcodes.Buffer, size: int, where: str) -> tuple[object, li
     little = info.get("little_endian", True) if type(info) is dict else True
     swapped = bool(little) != (sys.byteorder == "little")
     storages: list[StorageRef] = []
-    extent = opcodes.scan(data, position, where=f"{where} (structure)", limit=size, records=(size - position) // 64)
+    extent = opcodes.scan(data, position, where=f"{where} (structure)", limit=size, records=(size - position) // 8192)
     content, stubbed = pickles.load(
         bytes(data[position : extent.stop]),
         where=f"{where} (structure)",
