@@ -63,13 +63,16 @@ def lines(plan: Plan, limit: int = 40) -> list[str]:
     """The rows as aligned text; the last of at most `limit` lines says how much is left out."""
     table = rows(plan)
     shown = table if len(table) <= limit else table[: limit - 1]
-    cells = [(r.status, f"{r.target}  x{r.count}" if r.count > 1 else r.target, r.shape, r.source) for r in shown]
-    widths = [min(60, max((len(cell[i]) for cell in cells), default=0)) for i in range(3)]
-    out = ["  ".join(f"{cell[i]:{widths[i]}}" for i in range(3)) + f"  {cell[3]}" for cell in cells]
+    cells = [(r.status, f"{r.count:,}", r.target, r.shape, r.source) for r in shown]
+    # A name longer than its column pushes the rest of its own row only, and is never cut.
+    status, count, target, shape = (max((len(cell[i]) for cell in cells), default=0) for i in range(4))
+    out = [
+        f"{c[0]:{status}}  {c[1]:>{count}}  {c[2]:{min(target, 72)}}  {c[3]:{min(shape, 24)}}  {c[4]}".rstrip() for c in cells
+    ]
     if len(table) > limit:
         rest = table[limit - 1 :]
         out.append(f"... and {sum(row.count for row in rest)} more tensors in {len(rest)} groups")
-    return [line.rstrip() for line in out]
+    return out
 
 
 def _source(target: str, sources: tuple[str, ...]) -> str:
