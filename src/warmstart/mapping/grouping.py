@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -85,13 +86,26 @@ def covering(names: Iterable[str], others: Collection[str]) -> list[str]:
         found.setdefault(path)
     globs: dict[str, None] = {}
     for group in grouped((path, 0) for path in found):
-        glob = ".".join("*" if segment.startswith("{") else segment for segment in group.template.split("."))
-        pattern = Pattern(glob)
-        if len(group) > 1 and glob.strip("*.") and not any(map(pattern.matches, others)):
+        columns = zip(*(name.split(".") for name in group.names), strict=True)
+        glob = ".".join("*" if len(set(column)) > 1 else _literal(column[0]) for column in columns)
+        if len(group) > 1 and glob.strip("*.") and not any(map(Pattern(glob).matches, others)):
             globs.setdefault(glob)
         else:
-            globs.update(dict.fromkeys(group.names))
+            globs.update(dict.fromkeys(map(_literal, group.names)))
     return list(globs)
+
+
+def pasteable(field_name: str, names: Collection[str], others: Collection[str]) -> str:
+    """`allow_missing=["head"]`: the line to type for `names` and none of `others`, at most eight patterns long."""
+    patterns = covering(names, others)
+    quoted = (pattern.replace("\\", "\\\\").replace('"', '\\"') for pattern in patterns[:8])
+    shown = ", ".join(f'"{printable(pattern)}"' for pattern in quoted)
+    return f"{field_name}=[{shown}]" + (f" and {len(patterns) - 8} more patterns" if len(patterns) > 8 else "")
+
+
+def _literal(name: str) -> str:
+    """The pattern that matches this name only, whatever characters of a glob it holds; a huge name is cut."""
+    return re.sub(r"[\[*?]", r"[\g<0>]", name[:200]) + "*" * (len(name) > 200)
 
 
 def printable(text: str, limit: int = 300) -> str:
@@ -110,7 +124,8 @@ def _paths(name: str) -> list[str]:
 
 
 def _is_numeric(segments: Collection[str]) -> bool:
-    return all(segment.isdecimal() and segment.isascii() and len(segment) < 19 for segment in segments)
+    # `01` is a word: as a number it would be shown as another name.
+    return all(re.fullmatch(r"0|[1-9][0-9]{0,17}", segment) for segment in segments)
 
 
 def _template(sets: Sequence[frozenset[str]]) -> str:

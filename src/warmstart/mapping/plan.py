@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -159,7 +160,17 @@ class Plan:
         count = "1 error" if len(self.errors) == 1 else f"{len(self.errors)} errors"
         sources = ", ".join(part.pretrained.label for part in self.parts)
         head = f"{sources} does not fit {self.model_name}: {count}, nothing was written"
-        return "\n\n".join([head, *(f"{problem.kind}: {problem.message}" for problem in self.errors)])
+        shown: list[str] = []
+        kinds = Counter(problem.kind for problem in self.errors)
+        seen: Counter[str] = Counter()
+        for problem in self.errors:
+            seen[problem.kind] += 1
+            limit = 4 if problem.kind == "collision" else 12
+            if seen[problem.kind] <= limit:
+                shown.append(f"{problem.kind}: {problem.message}")
+            elif seen[problem.kind] == limit + 1:
+                shown.append(f"{problem.kind}: ... and {kinds[problem.kind] - limit} more; plan.errors has them all")
+        return "\n\n".join([head, *shown])
 
     def __str__(self) -> str:
         """A line on what would be loaded, the grouped table and the notes; with errors, those."""

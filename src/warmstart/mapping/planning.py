@@ -14,7 +14,7 @@ from torch import nn
 
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
-from warmstart.mapping.grouping import covering, listed, printable
+from warmstart.mapping.grouping import listed, pasteable, printable
 from warmstart.mapping.names import (
     WRAPPER_SEGMENTS,
     Prefix,
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from warmstart.report import Report
 
 
+_GUESSES = 8  # rules for which the nearest names are looked up: it costs more than planning itself
+
+
 @dataclass(slots=True)
 class _Key:
     """A checkpoint key on its way: as the file spells it, without wrappers, and its name so far."""
@@ -49,7 +52,12 @@ class _Key:
 
 @dataclass(slots=True)
 class _PartPlan:
-    """What planning one source alone decided."""
+    """What planning one source alone decided.
+
+    Attributes:
+        reported: Keys among the unexpected ones that an error of their own names already.
+        hint: The prefix that would fit better than the one given, as a line to type; empty if there is none.
+    """
 
     part: Part
     assigned: dict[str, str] = field(default_factory=dict)
@@ -58,6 +66,8 @@ class _PartPlan:
     ignored: list[str] = field(default_factory=list)
     errors: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    reported: set[str] = field(default_factory=set)
+    hint: str = ""
 
 
 def make_plan(
@@ -86,46 +96,43 @@ def make_plan(
 def _plan_part(number: int, pretrained: Pretrained, checkpoint: Checkpoint, targets: Targets, parts: int) -> _PartPlan:
     errors: list[Problem] = []
     out = _PartPlan(Part(pretrained, checkpoint, None, ()), errors=errors, notes=list(checkpoint.notes))
-    keys = _clean_keys(checkpoint, targets, errors)
-    keys, out.ignored = _selected(keys, pretrained, errors)
+    keys, out.ignored = _selected(_clean_keys(checkpoint, targets), pretrained, errors)
+    keys = _without_collisions(keys, out)
+    plain = {key.clean: key.shape for key in keys}
     _renamed(keys, pretrained, errors)
     scope = _scope(pretrained, targets, errors)
     into = targets.clean_paths.get(pretrained.into, pretrained.into)
     local = {(strip(t.clean, into) or t.clean): t for t in scope}
-    keys = _without_collisions(keys, errors)
+    keys = _without_collisions(keys, out)
     named = {key.name: key.shape for key in keys}
     shapes = {name: t.shape for name, t in local.items()}
 
-    prefix = _inferred(named, shapes, errors) if pretrained.strip_prefix is None else None
+    prefix = _inferred(named, shapes, into, errors) if pretrained.strip_prefix is None else None
     if prefix is not None:
-        keys = _with_prefix(keys, prefix, shapes, errors)
+        keys = _with_prefix(keys, prefix, shapes, out)
         out.notes.append(f"prefix inferred: {prefix} ({prefix.score} of {len(keys)} keys fit then)")
     pair = (prefix.strip, prefix.add) if prefix else None
     out.part = Part(pretrained, checkpoint, pair, tuple(t.name for t in scope))
 
     leftover = _matched(keys, local, out)
+    if leftover and pretrained.strip_prefix is not None:
+        out.hint = _better_prefix(plain, shapes, pretrained, len(out.assigned))
     _leftovers(leftover, into, scope, targets, out)
     _check_casts(out, targets, pretrained)
-    _check_nothing(out, named, shapes, pretrained)
+    _check_nothing(out, named, shapes)
     if parts > 1:
         out.notes = [f"source {number}: {note}" for note in out.notes]
     return out
 
 
-def _clean_keys(checkpoint: Checkpoint, targets: Targets, errors: list[Problem]) -> list[_Key]:
+def _clean_keys(checkpoint: Checkpoint, targets: Targets) -> list[_Key]:
+    """All keys, sorted, so that a plan does not depend on their order."""
     segments = WRAPPER_SEGMENTS - targets.clean_segments()
-    keys: dict[str, _Key] = {}
-    for spelled in checkpoint.keys():
+    keys = []
+    for spelled in sorted(checkpoint.keys()):
         clean = without_wrappers(spelled, segments)
-        key = _Key(spelled, clean, clean, checkpoint.info(spelled).shape)
-        other = keys.setdefault(clean, key)
-        if other is not key:
-            message = (
-                f"'{printable(other.spelled)}' and '{printable(spelled)}' are both '{printable(clean)}' without wrapper "
-                f'segments; keep one of them: select=["{printable(other.spelled)}", ...]'
-            )
-            errors.append(Problem("collision", message, (other.spelled, spelled)))
-    return list(keys.values())
+        keys.append(_Key(spelled, clean, clean, checkpoint.info(spelled).shape))
+    return keys
 
 
 def _selected(keys: list[_Key], pretrained: Pretrained, errors: list[Problem]) -> tuple[list[_Key], list[str]]:
@@ -154,8 +161,12 @@ def _renamed(keys: list[_Key], pretrained: Pretrained, errors: list[Problem]) ->
                 key.name = rest
                 hits += 1
         if not hits and not pretrained.strip_prefix.startswith("?"):
-            near = _did_you_mean(prefix, originals)
-            message = f"strip_prefix={prefix!r} is the leading path of no checkpoint key{near}"
+            why = _did_you_mean(prefix, originals)
+            if any(strip(key.spelled, prefix) is not None for key in keys):
+                why = (
+                    "; it is removed as a wrapper's already: leave strip_prefix= out, or write it without that segment"
+                )
+            message = f"strip_prefix={prefix!r} is the leading path of no checkpoint key{why}"
             errors.append(Problem("unused", message, (prefix,)))
     try:
         renamer = Renamer(pretrained.stages)
@@ -164,11 +175,19 @@ def _renamed(keys: list[_Key], pretrained: Pretrained, errors: list[Problem]) ->
     except MappingError as error:
         errors.append(Problem("unused", str(error)))
         return
-    for rule in renamer.without_hit():
+    for number, rule in enumerate(renamer.without_hit()):
         stage = f" (stage {rule.stage + 1})" if len(renamer.stages) > 1 else ""
+        why = ""
+        if number < _GUESSES:
+            wrapped = next((k for k in keys if k.spelled != k.clean and rule.regex.search(k.spelled)), None)
+            why = (
+                f": rules see '{printable(wrapped.clean)}', without the wrapper segments of '{printable(wrapped.spelled)}'"
+                if wrapped
+                else _did_you_mean(rule.rule, originals)
+            )
         message = (
-            f"rename rule {rule.rule!r}{stage} matches no checkpoint key in whole segments"
-            f"{_did_you_mean(rule.rule, originals)}; start the rule with '?' if it may match nothing"
+            f"rename rule {rule.rule!r}{stage} matches no checkpoint key in whole segments{why}; "
+            "leave it out, or start it with '?' if it may match nothing"
         )
         errors.append(Problem("unused", message, (rule.rule,)))
 
@@ -177,10 +196,10 @@ def _scope(pretrained: Pretrained, targets: Targets, errors: list[Problem]) -> l
     """The entries under `into`, narrowed by `include` and `exclude`, in the model's order."""
     entries = list(targets.entries.values())
     into = pretrained.into
-    if into and into not in targets.modules:
+    known = not into or into in targets.modules
+    if not known:
         message = f"into={into!r} is no module of the model{_did_you_mean(into, targets.modules)}"
         errors.append(Problem("into", message, (into,)))
-        return []
     clean_into = targets.clean_paths.get(into, into)
     include = PatternSet(pretrained.include, where="include")
     exclude = PatternSet(pretrained.exclude, where="exclude")
@@ -193,49 +212,61 @@ def _scope(pretrained: Pretrained, targets: Targets, errors: list[Problem]) -> l
             scope.append(target)
     for patterns in (include, exclude):
         _report_unused(patterns, [t.clean for t in entries], "model entry", errors)
-    if not scope:
+    if not scope and known:
         errors.append(Problem("into", "nothing of the model is in scope; widen into=, include= or exclude="))
     return scope
 
 
-def _without_collisions(keys: list[_Key], errors: list[Problem]) -> list[_Key]:
+def _without_collisions(keys: list[_Key], out: _PartPlan) -> list[_Key]:
+    """The first key of each name; the others are unexpected, with an error that names both."""
     kept: dict[str, _Key] = {}
     for key in keys:
         other = kept.setdefault(key.name, key)
         if other is not key:
-            errors.append(_collision(other.spelled, key.spelled, key.name))
+            out.errors.append(_collision(other, key))
+            out.unexpected.append(key.spelled)
+            out.reported.add(key.spelled)
     return list(kept.values())
 
 
-def _collision(first: str, second: str, name: str) -> Problem:
-    message = (
-        f"'{printable(first)}' and '{printable(second)}' would both become '{printable(name)}'; make the rule that "
-        f"renames them more exact, or leave one out with select="
-    )
-    return Problem("collision", message, (first, second))
+def _collision(first: _Key, second: _Key) -> Problem:
+    names = f"'{printable(first.spelled)}' and '{printable(second.spelled)}'"
+    if first.clean == second.clean:
+        message = (
+            f"{names} are both '{printable(first.clean)}' without wrapper segments; "
+            "keep one of them: select= takes keys as the file spells them"
+        )
+    else:
+        message = (
+            f"{names} would both become '{printable(first.name)}'; "
+            "make the rule that renames them more exact, or leave one out with select="
+        )
+    return Problem("collision", message, (first.spelled, second.spelled))
 
 
-def _inferred(named: Shapes, shapes: Shapes, errors: list[Problem]) -> Prefix | None:
+def _inferred(named: Shapes, shapes: Shapes, into: str, errors: list[Problem]) -> Prefix | None:
     pairs = infer_prefix(named, shapes)
     if len(pairs) > 1:
-        choices = "; ".join(str(pair) for pair in pairs)
+        choices = "; ".join(str(pair) for pair in pairs[:_GUESSES]) + ("; ..." if len(pairs) > _GUESSES else "")
+        first = [f'into="{join(into, pairs[0].add)}"'] if pairs[0].add else []
+        first += [f'strip_prefix="{pairs[0].strip}"'] if pairs[0].strip else []
         message = (
-            f"{len(pairs)} prefix changes fit equally well ({pairs[0].score} keys each): {choices}. Say which one is "
-            f'meant, for example with into="{pairs[0].add}" or strip_prefix="{pairs[0].strip}"'
+            f"{len(pairs)} prefix changes fit equally well ({pairs[0].score} keys each): {choices}\n"
+            f"  -> say which one is meant; for the first of them: {', '.join(first)}"
         )
         errors.append(Problem("ambiguous", message))
         return None
     return pairs[0] if pairs else None
 
 
-def _with_prefix(keys: list[_Key], prefix: Prefix, shapes: Shapes, errors: list[Problem]) -> list[_Key]:
+def _with_prefix(keys: list[_Key], prefix: Prefix, shapes: Shapes, out: _PartPlan) -> list[_Key]:
     for key in keys:
         if shapes.get(key.name) == key.shape:
             continue  # never rewrites a key that is already right
         key.rewritten = prefix.rewrite(key.name)
-        if key.rewritten in shapes:
+        if key.rewritten is not None and key.rewritten in shapes:
             key.name = key.rewritten
-    return _without_collisions(keys, errors)
+    return _without_collisions(keys, out)
 
 
 def _matched(keys: list[_Key], local: dict[str, Target], out: _PartPlan) -> list[_Key]:
@@ -254,7 +285,7 @@ def _matched(keys: list[_Key], local: dict[str, Target], out: _PartPlan) -> list
 def _leftovers(keys: list[_Key], into: str, scope: list[Target], targets: Targets, out: _PartPlan) -> None:
     """Unmatched keys: ignored if they name something of the model outside the scope, else unexpected."""
     inside = {t.clean for t in scope}
-    outside = {t.clean for t in targets.entries.values()} - inside
+    outside = ({t.clean for t in targets.entries.values()} | targets.wrapper_own) - inside
     known = (
         (outside, "outside the scope"),
         (targets.transient, "non-persistent buffers, which the model computes itself"),
@@ -291,7 +322,7 @@ def _check_casts(out: _PartPlan, targets: Targets, pretrained: Pretrained) -> No
         message = (
             f"{_words(source)} in the checkpoint cannot become {_words(target)} without another meaning:\n"
             f"{listed((name, '') for name in names)}\n"
-            f"  -> cast the source to {_words(target)} yourself first"
+            f"  -> leave them out, {_pasteable('exclude', names, targets)}, or cast the source to {_words(target)} first"
         )
         out.errors.append(Problem("dtype", message, tuple(names)))
     if narrowed and not pretrained.allow_narrowing:
@@ -317,18 +348,24 @@ def _castable(source: torch.dtype, target: torch.dtype) -> bool:
     return kind(source) == kind(target) and not {source, target} & quantised
 
 
-def _check_nothing(out: _PartPlan, named: Shapes, shapes: Shapes, pretrained: Pretrained) -> None:
-    """Nothing fits at all, or another prefix than the one given would fit better: say what would have."""
-    if not shapes or not named:
+def _check_nothing(out: _PartPlan, named: Shapes, shapes: Shapes) -> None:
+    """Nothing fits at all: say what does not, and what would have."""
+    if not shapes or out.assigned or any(problem.kind == "ambiguous" for problem in out.errors):
         return
-    hint = _better_prefix(out, shapes) if pretrained.strip_prefix is not None else ""
-    if out.assigned:
-        if hint:
-            out.errors.append(Problem("unused", f"strip_prefix={pretrained.strip_prefix!r} does not fit best\n{hint}"))
+    if not named:
+        message = f"select= leaves none of the {len(out.part.checkpoint)} keys; widen it"
+        out.errors.append(Problem("nothing matched", message))
+        return
+    if out.mismatched:
+        message = (
+            f"{len(out.mismatched)} names fit, but every key has another shape than its entry; is it the right file, or "
+            "the right size of the model?"
+        )
+        out.errors.append(Problem("nothing matched", message))
         return
     keys = "\n".join(f"    {printable(key)}  {shape}" for key, shape in list(named.items())[:4])
     entries = "\n".join(f"    {name}  {shape}" for name, shape in list(shapes.items())[:4])
-    fix = hint or "  -> rename={regex: replacement} maps the first onto the second, if it is the right file at all"
+    fix = out.hint or "  -> rename={regex: replacement} maps the first onto the second, if it is the right file at all"
     message = (
         f"none of the {len(named)} keys fits any of the {len(shapes)} model entries in scope\n"
         f"  the checkpoint has keys such as\n{keys}\n  the model has entries such as\n{entries}\n{fix}"
@@ -336,23 +373,27 @@ def _check_nothing(out: _PartPlan, named: Shapes, shapes: Shapes, pretrained: Pr
     out.errors.append(Problem("nothing matched", message))
 
 
-def _better_prefix(out: _PartPlan, shapes: Shapes) -> str:
+def _better_prefix(plain: Shapes, shapes: Shapes, pretrained: Pretrained, assigned: int) -> str:
     """The prefix that would match more keys than the one that was given, as a line to type; empty if there is none."""
-    checkpoint = out.part.checkpoint
-    plain = {without_wrappers(key, WRAPPER_SEGMENTS): checkpoint.info(key).shape for key in checkpoint.keys()}
+    renamer = Renamer(pretrained.stages)
+    try:
+        plain = {renamer(name): shape for name, shape in plain.items()}
+    except MappingError:
+        return ""
     as_is, pairs = matches(plain, shapes), infer_prefix(plain, shapes)
     best = pairs[0].score if len(pairs) == 1 else as_is
-    if best <= len(out.assigned):
+    if best <= assigned:
         return ""
     what = f"{pairs[0]} is inferred then" if best > as_is else "the names are right as they are"
     return f"  -> leave strip_prefix= out: {what}, and {best} of {len(plain)} keys match"
 
 
 def _report_unused(patterns: PatternSet, names: Collection[str], what: str, errors: list[Problem]) -> None:
-    for pattern in patterns.without_hit():
+    for number, pattern in enumerate(patterns.without_hit()):
+        near = _did_you_mean(pattern.text, names) if number < _GUESSES else ""
         message = (
-            f"{patterns.where}={pattern.text!r} matches no {what}{_did_you_mean(pattern.text, names)}; start it with '?' "
-            "if it may match nothing"
+            f"{patterns.where}={pattern.text!r} matches no {what}{near}; leave it out, or start it with '?' if it may "
+            "match nothing"
         )
         errors.append(Problem("unused", message, (pattern.text,)))
 
@@ -374,15 +415,31 @@ def _joined(parts: list[_PartPlan], targets: Targets, model: nn.Module, applier:
     notes = [note for part in parts for note in part.notes]
     first: dict[str, tuple[int, str]] = {}  # canonical entry -> part and key that give it its value
     assigned: dict[str, tuple[int, str]] = {}
+    mismatched: dict[str, Mismatch] = {}
+    given: dict[str, int] = {}  # entry -> the part that has a key for it, of the right shape or not
+    overlaps: dict[tuple[int, int], list[tuple[str, str, str]]] = {}
     for number, part in enumerate(parts):
         for name, key in part.assigned.items():
             owner, other = first.setdefault(targets.entries[name].canonical, (number, key))
-            if owner != number:
-                errors.append(_overlap(name, parts[owner], other, part, key))
-            else:
+            if owner == number:
                 assigned[name] = (number, key)
+                given[name] = number
+            else:
+                overlaps.setdefault((owner, number), []).append((name, other, key))
+    for number, part in enumerate(parts):
+        for name, mismatch in part.mismatched.items():
+            owner = given.setdefault(name, number)
+            if owner == number:
+                mismatched[name] = mismatch
+            else:
+                other = assigned[name][1] if name in assigned else mismatched[name].keys[0]
+                overlaps.setdefault((owner, number), []).append((name, other, mismatch.keys[0]))
+    for (owner, number), rows in overlaps.items():
+        errors.append(_overlap(rows, parts[owner], parts[number], targets))
+        lost = [key for _, _, key in rows]
+        parts[number].unexpected += lost
+        parts[number].reported.update(lost)
     in_scope = {name for part in parts for name in part.part.scope}
-    mismatched = {name: mismatch for part in parts for name, mismatch in part.mismatched.items()}
 
     assignments, missing, excluded = [], [], []
     for name, target in targets.entries.items():
@@ -429,13 +486,21 @@ def _joined(parts: list[_PartPlan], targets: Targets, model: nn.Module, applier:
     )
 
 
-def _overlap(name: str, first: _PartPlan, first_key: str, second: _PartPlan, second_key: str) -> Problem:
+def _overlap(rows: list[tuple[str, str, str]], first: _PartPlan, second: _PartPlan, targets: Targets) -> Problem:
+    names = tuple(name for name, _, _ in rows)
+    name, first_key, second_key = rows[0]
+    labels = first.part.pretrained.label, second.part.pretrained.label
+    if len(rows) == 1:
+        what = f"'{name}' is given by two sources: '{printable(first_key)}' of {labels[0]} and '{printable(second_key)}' of"
+        what += f" {labels[1]}"
+    else:
+        shapes = ((name, str(targets.entries[name].shape)) for name in names)
+        what = f"{len(rows)} entries are given by two sources, {labels[0]} and {labels[1]}\n{listed(shapes)}"
     message = (
-        f"'{name}' is given by two sources: '{printable(first_key)}' of {first.part.pretrained.label} and "
-        f"'{printable(second_key)}' of {second.part.pretrained.label}\n"
-        f'  -> leave it to one of them: Pretrained(..., exclude=["{name}"]), or give each its own into='
+        f"{what}\n  -> leave them to one of the two: Pretrained(..., {_pasteable('exclude', names, targets)}), or give each "
+        "its own into="
     )
-    return Problem("overlap", message, (name,))
+    return Problem("overlap", message, names)
 
 
 def _unexcused(
@@ -463,23 +528,19 @@ def _unexcused(
         )
     open_missing = [name for name in missing if name not in excused["allow_missing"] | migrated]
     if open_missing and len(nothing) < len(parts):
-        others = [t.clean for n, t in targets.entries.items() if n not in open_missing]
-        clean = [targets.entries[n].clean for n in open_missing]
         message = (
             f"{_count(open_missing, 'model entry', 'model entries')} without a key in the checkpoint\n"
             f"{listed((n, str(targets.entries[n].shape)) for n in open_missing)}\n"
-            f"  -> to let them keep their own initialisation: {_paste('allow_missing', clean, others)}"
+            f"  -> to let them keep their own initialisation: {_pasteable('allow_missing', open_missing, targets)}"
         )
         errors.append(Problem("missing", message, tuple(open_missing)))
 
     bad = {name: m for name, m in mismatched.items() if name not in excused["allow_mismatched"]}
     if bad:
-        others = [t.clean for n, t in targets.entries.items() if n not in bad]
-        clean = [targets.entries[n].clean for n in bad]
         rows = ((n, f"checkpoint {m.checkpoint_shape}, model {m.model_shape}") for n, m in bad.items())
         message = (
             f"{_count(bad, 'entry', 'entries')} of another shape\n{listed(rows)}\n"
-            f"  -> to let them keep their own initialisation: {_paste('allow_mismatched', clean, others)}"
+            f"  -> to let them keep their own initialisation: {_pasteable('allow_mismatched', bad, targets)}"
         )
         matched = sum(len(part.assigned) for part in parts)
         if len(bad) > max(2, matched):
@@ -494,15 +555,15 @@ def _unexcused(
         segments = WRAPPER_SEGMENTS - targets.clean_segments()
         hits = {k for k in keys if allowed.matches(k, without_wrappers(k, segments))} if allowed else set()
         _report_unused(allowed, keys, "checkpoint key", errors)
-        left = [key for key in part.unexpected if key not in hits]
+        left = [key for key in sorted(part.unexpected) if key not in hits and key not in part.reported]
         if left and number not in nothing:
             info = part.part.checkpoint.info
-            fix = _paste("allow_unexpected", left, [k for k in keys if k not in left])
+            fix = pasteable("allow_unexpected", left, set(keys).difference(left))
             message = (
                 f"{_count(left, 'key', 'keys')} of {part.part.pretrained.label} fit nothing in the model\n"
                 f"{listed((key, str(info(key).shape)) for key in left)}\n"
                 f"  -> to leave them unused: {fix}"
-            )
+            ) + (f"\n{part.hint}" if part.hint else "")
             errors.append(Problem("unexpected", message, tuple(left)))
     return errors
 
@@ -511,11 +572,11 @@ def _count(names: Collection[str], one: str, many: str) -> str:
     return f"{len(names)} {one if len(names) == 1 else many}"
 
 
-def _paste(field_name: str, names: Collection[str], others: Collection[str]) -> str:
-    """`allow_missing=["head"]`: the line to type, at most eight patterns long."""
-    patterns = covering(names, others)
-    shown = ", ".join(f'"{printable(pattern)}"' for pattern in patterns[:8])
-    return f"{field_name}=[{shown}]" + (f" and {len(patterns) - 8} more patterns" if len(patterns) > 8 else "")
+def _pasteable(field_name: str, names: Collection[str], targets: Targets) -> str:
+    """The line to type for these entries, whose names are printed without wrapper segments."""
+    chosen = set(names)
+    others = [t.clean for name, t in targets.entries.items() if name not in chosen]
+    return pasteable(field_name, [targets.entries[name].clean for name in names], others)
 
 
 def _migrates(target: Target) -> bool:

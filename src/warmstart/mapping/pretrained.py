@@ -102,6 +102,12 @@ class Pretrained:
         if not isinstance(self.freeze, bool):
             self._set("freeze", _plain_patterns(self.freeze, "freeze"))
         self._set("rename", _plain_renames(self.rename))
+        if not isinstance(self.into, str):
+            raise TypeError(
+                f'into={self.into!r}: the path of a submodule, such as into="encoder"; "" is the whole model'
+            )
+        if not isinstance(self.strip_prefix, str | None):
+            raise TypeError(f'strip_prefix={self.strip_prefix!r}: a leading path; None infers one, "" strips nothing')
         self._set("into", self.into.strip("."))
         if self.dtype not in ("model", "checkpoint"):
             raise MappingError(f'dtype={self.dtype!r}: write dtype="model" or dtype="checkpoint"')

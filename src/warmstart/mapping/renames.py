@@ -61,13 +61,17 @@ def _rename(key: str, rules: Sequence[Rename]) -> str:
     out: list[str] = []
     position = 0
     empty_at = -1  # where a zero-width match was replaced: the next match there must have a width
+    last: Rename | None = (
+        None  # the rule that matched last: `(.*)` does not match once more at the end of its own match
+    )
     hit: set[Rename] = set()
     while position <= len(key):
         best: tuple[int, int, re.Match[str], Rename] | None = None
         for order, rule in enumerate(rules):
             match = rule.regex.search(key, position)
-            if match and match.end() == match.start() == empty_at:
-                match = next((m for m in rule.regex.finditer(key, position) if m.end() > empty_at), None)
+            spent = position if rule is last else empty_at
+            if match and match.end() == match.start() == spent:
+                match = next((m for m in rule.regex.finditer(key, position) if m.end() > spent), None)
             if match and (best is None or (match.start(), order) < best[:2]):
                 best = (match.start(), order, match, rule)
         if best is None:
@@ -76,6 +80,7 @@ def _rename(key: str, rules: Sequence[Rename]) -> str:
         out += [key[position : match.start()], match.expand(rule.replacement)]
         position = match.end()
         empty_at = position if match.start() == match.end() else -1
+        last = rule
         hit.add(rule)
     if not hit:
         return key
