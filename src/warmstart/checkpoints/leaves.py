@@ -78,9 +78,8 @@ class MappedFile:
 
     def take(self, start: int, stop: int, alignment: int) -> Tensor:
         self.check()
-        if start % alignment:
-            return torch.frombuffer(bytearray(self.map[start:stop]), dtype=torch.uint8)
-        return torch.frombuffer(self.map, dtype=torch.uint8, count=stop - start, offset=start)
+        raw = torch.frombuffer(self.map, dtype=torch.uint8, count=stop - start, offset=start)
+        return raw.clone() if start % alignment else raw
 
 
 class HeldBytes:
