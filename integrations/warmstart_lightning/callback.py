@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ except ModuleNotFoundError as error:
 
 from warmstart import Pretrained, PretrainedFields, Report, TimingError
 from warmstart.api import Sources
-from warmstart.freezing import Held
+from warmstart.freezing import Frozen, Held
 from warmstart.lifecycle import Lifecycle, OnFreezeChange
 from warmstart.mapping.plan import Verify
 from warmstart.mapping.pretrained import as_parts
@@ -152,6 +153,7 @@ class WarmStart(Callback):
         gone = self._life.waiting
         if gone is not None and (not _resumed(trainer) or not self._life.knows_what_to_freeze):
             raise gone
+        _expect_eval_mode(self._life.frozen, pl_module)
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,6 +211,14 @@ class WarmStart(Callback):
 def _warm_starts(trainer: Trainer) -> list[WarmStart]:
     # `trainer.callbacks` is an attribute that Lightning sets without declaring it.
     return [c for c in getattr(trainer, "callbacks", []) if isinstance(c, WarmStart)]
+
+
+def _expect_eval_mode(frozen: Frozen | None, module: nn.Module) -> None:
+    """Lightning warns of modules in eval mode; where they are exactly those held for the frozen, there is no surprise."""
+    held = {id(m) for _, root in (frozen.held_modules if frozen else ()) for m in root.modules()}
+    in_eval = [m for m in module.modules() if not m.training]
+    if in_eval and all(id(m) in held for m in in_eval):
+        warnings.filterwarnings("ignore", rf"Found {len(in_eval)} module\(s\) in eval mode", UserWarning)
 
 
 def _leaves_no_trace(trainer: Trainer) -> bool:

@@ -22,7 +22,9 @@ def log_lineage(loggers: Sequence[Logger], report: Report) -> None:
         "coverage": report.coverage,
     }
     for logger in _real(loggers):
-        _attempt(logger, logger.log_hyperparams, {"warmstart": summary})
+        # TensorBoard's would add a metric of its own, hp_metric = -1, to a run that asked for none.
+        extra: tuple[dict[str, float], ...] = ({},) if type(logger).__name__ == "TensorBoardLogger" else ()
+        _attempt(logger, logger.log_hyperparams, {"warmstart": summary}, *extra)
 
 
 def log_report(loggers: Sequence[Logger], report: Report, step: int) -> None:

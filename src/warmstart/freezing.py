@@ -71,6 +71,11 @@ class Frozen:
         """Paths of the modules that are held in eval mode."""
         return tuple(path for path, _ in self._held)
 
+    @property
+    def held_modules(self) -> tuple[tuple[str, nn.Module], ...]:
+        """The same with the modules themselves."""
+        return tuple(self._held)
+
     def __len__(self) -> int:
         return len(self._targets)
 

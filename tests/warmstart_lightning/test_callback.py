@@ -339,6 +339,19 @@ def test_errors_come_at_setup_and_leave_the_model_untouched(tmp_path, source, fi
     pickle.dumps(module)
 
 
+def test_lightning_does_not_warn_of_the_eval_mode_that_is_held_on_purpose(tmp_path, source):
+    def eval_warnings(module):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path, WarmStart(source, into="encoder", freeze=True)).fit(module, data())
+        return [str(w.message) for w in caught if "in eval mode" in str(w.message)]
+
+    assert eval_warnings(Module()) == []
+    surprising = Module()
+    surprising.head.eval()
+    assert len(eval_warnings(surprising)) == 1
+
+
 def test_two_warm_starts_in_one_trainer(tmp_path, source):
     head = {"weight": torch.full((2, 8), 2.0), "bias": torch.full((2,), 3.0)}
     one, two = WarmStart(source, into="encoder"), WarmStart(head, into="head")

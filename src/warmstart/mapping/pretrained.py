@@ -135,6 +135,12 @@ class Pretrained:
             return "a state dict in memory"
         return os.fspath(self.source)
 
+    @property
+    def short_label(self) -> str:
+        """The same without the folders of a path, for one line."""
+        label = self.label
+        return label.replace("\\", "/").rstrip("/").rpartition("/")[2] or label
+
     def rules(self) -> dict[str, Any]:
         """Every field but the source that differs from its default, as plain data."""
         return {

@@ -18,7 +18,7 @@ class Row:
     Attributes:
         status: `loaded`, `loaded, frozen`, `tied`, `own init`, `out of scope`, `unused key` or `ignored key`.
         target: Template of the entries' names; for keys without an entry, of the keys' own.
-        source: How the keys are named: `same name`, a prefix change, or a template.
+        source: How the keys are named: `same name`, `from features.#.*`, `no key`, ...
         shape: Their shape, and the checkpoint's where it is another.
         count: How many tensors.
     """
@@ -34,10 +34,13 @@ def rows(plan: Plan) -> list[Row]:
     """All groups of a plan, the loaded ones first."""
     out: list[Row] = []
     frozen = set(plan.freeze)
+    keys = {a.target: a.sources[0] for a in plan.assignments if a.sources}
 
     def add(status: str, items: list[tuple[str, tuple[str, str]]]) -> None:
         for group in grouped(items):
             source, shape = group.tag
+            if len(group) == 1 and "#" in source:  # one tensor: its key as it is
+                source = f"from {printable(keys[group.names[0]])}"
             out.append(Row(status, printable(group.template), source, shape, len(group)))
 
     loaded = [a for a in plan.assignments if a.alias_of is None]
@@ -67,7 +70,8 @@ def lines(plan: Plan, limit: int = 40) -> list[str]:
     # A name longer than its column pushes the rest of its own row only, and is never cut.
     status, count, target, shape = (max((len(cell[i]) for cell in cells), default=0) for i in range(4))
     out = [
-        f"{c[0]:{status}}  {c[1]:>{count}}  {c[2]:{min(target, 72)}}  {c[3]:{min(shape, 24)}}  {c[4]}".rstrip() for c in cells
+        f"{c[0]:{status}}  {c[1]:>{count}}  {c[2]:{min(target, 72)}}  {c[3]:{min(shape, 24)}}  {c[4]}".rstrip()
+        for c in cells
     ]
     if len(table) > limit:
         rest = table[limit - 1 :]
@@ -76,7 +80,11 @@ def lines(plan: Plan, limit: int = 40) -> list[str]:
 
 
 def _source(target: str, sources: tuple[str, ...]) -> str:
-    """How a key's name differs from its entry's, said so that like differences read alike."""
+    """How a key's name differs from its entry's, said so that like differences read alike.
+
+    The segments that both end in are `*`. Of the rest, an index that the entry has at the same turn is `#`: which key goes
+    where is then told by the entry's own indices.
+    """
     key = sources[0]
     if key == target:
         return "same name"
@@ -84,14 +92,17 @@ def _source(target: str, sources: tuple[str, ...]) -> str:
     same = 0
     while same < min(len(t), len(k)) and t[-1 - same] == k[-1 - same]:
         same += 1
-    rest_t, rest_k = ".".join(t[: len(t) - same]), ".".join(k[: len(k) - same])
-    if same and (not rest_t or not rest_k):
-        return f"under {printable(rest_k)}" if rest_k else "at the top"
-    if same and not any(map(str.isdecimal, t[: len(t) - same] + k[: len(k) - same])):
-        return f"from {printable(rest_k)}.*"
-    # Indices that both sides share are one template; others are shown as they are.
-    shared = set(t)
-    return "from " + printable(".".join("#" if s.isdecimal() and s in shared else s for s in k))
+    rest = k[: len(k) - same]
+    if not rest:
+        return "at the top"
+    indices = [segment for segment in t if segment.isdecimal()]
+    turn = 0
+    for position, segment in enumerate(rest):
+        if segment.isdecimal():
+            if turn < len(indices) and segment == indices[turn]:
+                rest[position] = "#"
+            turn += 1
+    return f"from {printable('.'.join(rest))}" + ".*" * bool(same)
 
 
 def _shape(assignment: Assignment) -> str:

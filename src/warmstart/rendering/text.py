@@ -31,7 +31,7 @@ def verdict(report: Report) -> str:
         groups = [printable(g.template) for g in grouped((name, 0) for name in own)]
         more = f", ... {len(groups) - 3} more" if len(groups) > 3 else ""
         parts.append(f"{len(own)} keep their own init ({', '.join(groups[:3])}{more})")
-    source = ", ".join(printable(part.pretrained.label) for part in plan.parts)
+    source = ", ".join(printable(part.pretrained.short_label) for part in plan.parts)
     return f"warmstart: {', '.join(parts)} <- {source} [{report.seconds:.2f} s]"
 
 
