@@ -246,6 +246,8 @@ def _collision(first: _Key, second: _Key) -> Problem:
 
 def _inferred(named: Shapes, shapes: Shapes, into: str, errors: list[Problem]) -> Prefix | None:
     pairs = infer_prefix(named, shapes)
+    if len(pairs) > 1 and (named_alike := [p for p in pairs if into and (p.strip, p.add) == (into, "")]):
+        return named_alike[0]  # of a whole model's file: its keys are the entries' own names
     if len(pairs) > 1:
         choices = "; ".join(str(pair) for pair in pairs[:_GUESSES]) + ("; ..." if len(pairs) > _GUESSES else "")
         first = [f'into="{join(into, pairs[0].add)}"'] if pairs[0].add else []
