@@ -12,7 +12,8 @@ from warmstart.errors import (
     WarmStartError,
 )
 from warmstart.freezing import Frozen
-from warmstart.mapping.plan import Assignment, Mismatch, Plan
+from warmstart.mapping.buckets import Assignment, Mismatch
+from warmstart.mapping.plan import Plan
 from warmstart.mapping.pretrained import Pretrained, PretrainedFields
 from warmstart.report import Report
 from warmstart.version import __version__

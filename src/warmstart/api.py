@@ -48,7 +48,7 @@ def load(
     return plan(model, pretrained, **fields).apply(verify=verify)
 
 
-def plan(model: nn.Module, pretrained: Sources, /, **fields: Unpack[PretrainedFields]) -> Plan:
+def plan(model: nn.Module, pretrained: Sources, /, **fields: Unpack[PretrainedFields]) -> Plan[Report]:
     """Decide what goes where, from names, shapes and dtypes alone; no tensor is read and the model is untouched.
 
     A plan with errors is returned all the same, to be looked at; `Plan.apply()` raises them.
@@ -64,7 +64,7 @@ def plan(model: nn.Module, pretrained: Sources, /, **fields: Unpack[PretrainedFi
     return make_plan(model, opened, apply)
 
 
-def apply(plan: Plan, *, verify: Verify = "full", held: Held = "eval") -> Report:
+def apply(plan: Plan[Report], *, verify: Verify = "full", held: Held = "eval") -> Report:
     """Carry a plan out; `Plan.apply` with the choice of how frozen modules are held, for the hosts."""
     written = write(plan, verify)
     frozen = freeze_entries(plan.model, plan.freeze, plan.targets, held) if plan.freeze else None

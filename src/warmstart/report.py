@@ -6,42 +6,19 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from warmstart.freezing import Frozen
 from warmstart.loading.verifying import Difference, differences, raise_differences
-from warmstart.loading.writing import Written
-from warmstart.mapping.plan import Assignment, Mismatch, Plan, Verify
+from warmstart.mapping.buckets import Assignment, Mismatch
+from warmstart.mapping.plan import Verify
+from warmstart.outcome import Outcome
 from warmstart.rendering import text as rendering
 
-Status = Literal["pending", "applied", "failed", "superseded-by-resume", "already-applied"]
 
-
-class Report:
-    """What was loaded from where, how it was verified, and what is frozen. `print(report)` starts with the verdict.
-
-    Attributes:
-        plan: The plan that was carried out.
-        status: `applied` after writing; a host sets `superseded-by-resume` when a resumed checkpoint took over.
-        verified: How values were compared after writing: `full`, `sample` or `off`.
-        bytes_read: Bytes of tensors read from the sources.
-        seconds: Wall-clock seconds of preflight, writing and verification.
-        lineage: Where the values come from, as plain JSON types.
-        frozen: What is frozen, or None.
-    """
-
-    def __init__(self, plan: Plan, written: Written, lineage: dict[str, Any], frozen: Frozen | None) -> None:
-        self.plan = plan
-        self.status: Status = "applied"
-        self.verified: Verify = written.verified
-        self.bytes_read = written.bytes_read
-        self.seconds = written.seconds
-        self.lineage = lineage
-        self.frozen = frozen
-        self.notes = [*plan.notes, *written.notes]
-        self._digests = written.digests
+class Report(Outcome):
+    """What was loaded from where, how it was verified, and what is frozen. `print(report)` starts with the verdict."""
 
     # The plan's own answers, so that a report can be asked whatever a plan can.
     @property

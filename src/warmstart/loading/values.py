@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from warmstart.mapping.plan import Assignment, Plan
+from warmstart.mapping.buckets import Assignment
+from warmstart.mapping.plan import Plan
 from warmstart.mapping.targets import Target
 from warmstart.tensors import digest
 

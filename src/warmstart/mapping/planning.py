@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
+from warmstart.mapping.buckets import Assignment, Mismatch, Part, Problem
 from warmstart.mapping.grouping import listed, pasteable, printable
 from warmstart.mapping.names import (
     WRAPPER_SEGMENTS,
@@ -25,16 +25,12 @@ from warmstart.mapping.names import (
     strip,
     without_wrappers,
 )
-from warmstart.mapping.plan import Assignment, Mismatch, Part, Plan, Problem
+from warmstart.mapping.plan import Plan, R
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.renames import Renamer
 from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import PatternSet, nearest
 from warmstart.tensors import bits_lost
-
-if TYPE_CHECKING:
-    from warmstart.report import Report
-
 
 _GUESSES = 8  # rules for which the nearest names are looked up: it costs more than planning itself
 
@@ -73,8 +69,8 @@ class _PartPlan:
 def make_plan(
     model: nn.Module,
     sources: Sequence[tuple[Pretrained, Checkpoint]],
-    applier: Callable[..., Report],
-) -> Plan:
+    applier: Callable[..., R],
+) -> Plan[R]:
     """Plan each source alone and join the results.
 
     Args:
@@ -412,7 +408,7 @@ def _words(dtype: torch.dtype) -> str:
 # ---- all sources together ----
 
 
-def _joined(parts: list[_PartPlan], targets: Targets, model: nn.Module, applier: Callable[..., Report]) -> Plan:
+def _joined(parts: list[_PartPlan], targets: Targets, model: nn.Module, applier: Callable[..., R]) -> Plan[R]:
     errors = [problem for part in parts for problem in part.errors]
     notes = [note for part in parts for note in part.notes]
     first: dict[str, tuple[int, str]] = {}  # canonical entry -> part and key that give it its value

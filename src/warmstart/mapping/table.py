@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from warmstart.mapping.buckets import Assignment, Buckets
 from warmstart.mapping.grouping import grouped, printable
-
-if TYPE_CHECKING:
-    from warmstart.mapping.plan import Assignment, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +27,7 @@ class Row:
     count: int
 
 
-def rows(plan: Plan) -> list[Row]:
+def rows(plan: Buckets) -> list[Row]:
     """All groups of a plan, the loaded ones first."""
     out: list[Row] = []
     frozen = set(plan.freeze)
@@ -62,7 +59,7 @@ def rows(plan: Plan) -> list[Row]:
     return out
 
 
-def lines(plan: Plan, limit: int = 40) -> list[str]:
+def lines(plan: Buckets, limit: int = 40) -> list[str]:
     """The rows as aligned text; the last of at most `limit` lines says how much is left out."""
     table = rows(plan)
     shown = table if len(table) <= limit else table[: limit - 1]
@@ -112,7 +109,7 @@ def _shape(assignment: Assignment) -> str:
     return f"{assignment.shape} {source} to {target}"
 
 
-def _keys(plan: Plan, names: tuple[object, ...]) -> list[tuple[str, tuple[str, str]]]:
+def _keys(plan: Buckets, names: tuple[object, ...]) -> list[tuple[str, tuple[str, str]]]:
     items = []
     for item in names:
         number, key = item if isinstance(item, tuple) else (0, item)

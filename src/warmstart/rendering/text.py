@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from warmstart.mapping.grouping import grouped, printable
 from warmstart.mapping.table import lines, rows
-
-if TYPE_CHECKING:
-    from warmstart.report import Report
+from warmstart.outcome import Outcome
 
 
-def verdict(report: Report) -> str:
+def verdict(outcome: Outcome) -> str:
     """One line: how much was loaded, whether it was verified, and what keeps its own initialisation."""
-    plan = report.plan
+    plan = outcome.plan
     loaded, total = len(plan.assignments), len(plan.assignments) + len(plan.missing) + len(plan.mismatched)
     parts = [f"{loaded}/{total} tensors", f"{_percent(plan.coverage)} of elements"]
-    if report.status == "superseded-by-resume":
+    if outcome.status == "superseded-by-resume":
         parts.append("superseded by the resumed checkpoint")
-    elif report.status == "failed":
+    elif outcome.status == "failed":
         parts.append("FAILED, do not train")
-    elif report.verified != "off":
-        parts.append("verified" if report.verified == "full" else "verified by sample")
+    elif outcome.verified != "off":
+        parts.append("verified" if outcome.verified == "full" else "verified by sample")
     else:
         parts.append("not verified")
-    if report.frozen is not None:
-        parts.append(f"{len(report.frozen)} frozen")
+    if outcome.frozen is not None:
+        parts.append(f"{len(outcome.frozen)} frozen")
     own = [*plan.missing, *plan.mismatched]
     if own:
         groups = [printable(g.template) for g in grouped((name, 0) for name in own)]
         more = f", ... {len(groups) - 3} more" if len(groups) > 3 else ""
         parts.append(f"{len(own)} keep their own init ({', '.join(groups[:3])}{more})")
     source = ", ".join(printable(part.pretrained.short_label) for part in plan.parts)
-    return f"warmstart: {', '.join(parts)} <- {source} [{report.seconds:.2f} s]"
+    return f"warmstart: {', '.join(parts)} <- {source} [{outcome.seconds:.2f} s]"
 
 
-def text(report: Report, limit: int = 40) -> str:
+def text(outcome: Outcome, limit: int = 40) -> str:
     """Verdict, grouped table and notes, at most `limit` lines of table."""
-    out = [verdict(report), *(f"  {line}" for line in lines(report.plan, limit))]
-    return "\n".join(out + [f"  note: {note}" for note in report.notes])
+    out = [verdict(outcome), *(f"  {line}" for line in lines(outcome.plan, limit))]
+    return "\n".join(out + [f"  note: {note}" for note in outcome.notes])
 
 
-def markdown(report: Report, limit: int = 200) -> str:
+def markdown(outcome: Outcome, limit: int = 200) -> str:
     """The same for trackers that show Markdown."""
-    table = rows(report.plan)
+    table = rows(outcome.plan)
     out = [
-        f"**{_cell(verdict(report))}**",
+        f"**{_cell(verdict(outcome))}**",
         "",
         "| status | entries | tensors | shape | source |",
         "|---|---|---|---|---|",
@@ -55,7 +51,7 @@ def markdown(report: Report, limit: int = 200) -> str:
         out.append(f"| {' | '.join(cells)} |")
     if len(table) > limit:
         out.append(f"| ... | {len(table) - limit} more groups | | | |")
-    return "\n".join([*out, "", *(f"- {_cell(note)}" for note in report.notes)])
+    return "\n".join([*out, "", *(f"- {_cell(note)}" for note in outcome.notes)])
 
 
 def _percent(share: float) -> str:
