@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from warmstart import api
 from warmstart.errors import CheckpointError, FrozenChangedError, MappingError, TimingError
@@ -62,13 +63,15 @@ class Lifecycle:
         self.report: Report | None = None
         self.frozen: Frozen | None = None
         self._gone: CheckpointError | None = None
+        self._lacking: tuple[str, ...] | None = None
+        self._hook: RemovableHandle | None = None
         self._failed = False
         self._started = False
         self._done: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
         """The configuration alone: what a run made of it belongs to its process and its model."""
-        runtime = ("report", "frozen", "_gone", "_failed", "_started", "_done")
+        runtime = ("report", "frozen", "_gone", "_lacking", "_hook", "_failed", "_started", "_done")
         return {name: value for name, value in self.__dict__.items() if name not in runtime}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -105,6 +108,7 @@ class Lifecycle:
             if not _is_gone(self.parts):
                 raise
             self._gone = error
+            self._hook = model.register_load_state_dict_post_hook(self._note_restore)  # type: ignore[no-untyped-call]
             self._freeze_without_source(model)
         else:
             _refuse_overlap(plan, beside)
@@ -121,6 +125,9 @@ class Lifecycle:
                 patterns += [part.freeze] if isinstance(part.freeze, str) else list(part.freeze)
         if patterns:
             self.frozen = freeze_patterns(model, patterns, self.held)
+
+    def _note_restore(self, module: nn.Module, incompatible: Any) -> None:
+        self._lacking = tuple(incompatible.missing_keys)
 
     @property
     def waiting(self) -> CheckpointError | None:
@@ -178,8 +185,16 @@ class Lifecycle:
         first = not self._started
         self._started = True
         if self._gone is not None:
-            if not resumed:
+            if self._hook is not None:
+                self._hook.remove()
+                self._hook = None
+            if not resumed or self._lacking is None:
                 raise self._gone
+            if self._lacking:
+                raise CheckpointError(
+                    f"{self._gone}\nThe checkpoint that is resumed cannot stand in for it: it lacks {len(self._lacking)} of "
+                    f"the model's entries\n{listed((name, '') for name in self._lacking)}"
+                )
             if not self.knows_what_to_freeze:
                 raise CheckpointError(
                     f"{self._gone}\nA resumed run can do without it only if it is known what to freeze: name it, "

@@ -221,6 +221,29 @@ def test_field_note_43_resume_without_the_pretrained_file(tmp_path, source, free
         trainer(tmp_path, WarmStart(source, into="encoder", freeze=freeze)).fit(Module(), data())
 
 
+def test_a_resumed_checkpoint_that_lacks_what_only_the_source_has(tmp_path, source):
+    saving = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    run = trainer(tmp_path, WarmStart(source, into="encoder"), saving, max_epochs=1, enable_checkpointing=True)
+    run.fit(Module(), data())
+    path, expected = tmp_path / "ckpt" / "last.ckpt", weights(source)
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"] = {k: v for k, v in saved["state_dict"].items() if not k.startswith("encoder")}
+    torch.save(saved, path)
+
+    module = Module()
+    module.strict_loading = False
+    callback = WarmStart(source, into="encoder")
+    trainer(tmp_path, callback).fit(module, data(), ckpt_path=path)  # the source gives what the checkpoint lacks
+    assert equal(module.seen["at_train_start"], expected)
+    assert callback.report.status == "applied"
+
+    source.unlink()
+    module = Module()
+    module.strict_loading = False
+    with pytest.raises(CheckpointError, match=r"no such file(.|\n)*it lacks 8 of the model's entries"):
+        trainer(tmp_path, WarmStart(source, into="encoder")).fit(module, data(), ckpt_path=path)
+
+
 def test_field_note_12_another_freeze_set_on_resume_is_an_error_in_words(tmp_path, source):
     saving = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     run = trainer(

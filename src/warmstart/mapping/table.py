@@ -91,7 +91,7 @@ def _source(target: str, sources: tuple[str, ...]) -> str:
         same += 1
     rest = k[: len(k) - same]
     if not rest:
-        return "at the top"
+        return "no prefix"
     indices = [segment for segment in t if segment.isdecimal()]
     turn = 0
     for position, segment in enumerate(rest):
