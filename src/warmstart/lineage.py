@@ -27,6 +27,8 @@ def lineage(plan: Plan, version: str) -> dict[str, Any]:
                     {"name": stamp.path.name, "bytes": stamp.size, "modified": _iso(stamp.mtime_ns)}
                     for stamp in part.checkpoint.files
                 ],
+                "revision": part.checkpoint.revision,
+                "file_hashes": dict(part.checkpoint.file_hashes),
                 "header_sha256": part.checkpoint.header_digest(),
                 "sha256": part.pretrained.sha256,
                 "rules": _plain(part.pretrained.rules()),

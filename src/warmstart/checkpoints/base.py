@@ -98,6 +98,9 @@ class Checkpoint(ABC):
         self.metadata = dict(metadata or {})
         self.versions = {path: dict(value) for path, value in (versions or {}).items()}
         self.notes = tuple(notes)
+        # Of a model from the hub: the commit, and the hub's own hash of each file by its name in the repository.
+        self.revision: str | None = None
+        self.file_hashes: dict[str, str] = {}
         self._infos = dict(infos)
         self.bytes_read = 0
 
