@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any, Final
 
 import torch
 
+from warmstart.checkpoints import jsons
 from warmstart.checkpoints.leaves import (
     MAX_DIMS,
     ByteSource,
@@ -23,7 +23,6 @@ from warmstart.checkpoints.leaves import (
 from warmstart.errors import CheckpointError
 
 MAX_HEADER: Final = 100_000_000
-HEADER_BUDGET: Final = 160 << 20
 
 _DTYPES: Final = {
     "BOOL": torch.bool,
@@ -105,15 +104,9 @@ def _read_header(source: ByteSource, where: str) -> tuple[dict[str, Any], int]:
             "copy or download it again"
         )
     raw = _bytes(source, 8, 8 + length)
-    # What Python's objects for the header would take, before any is made.
-    cost = 120 * (raw.count(b"[") + raw.count(b"{")) + 40 * raw.count(b",") + 40 * raw.count(b'"')
-    if cost > HEADER_BUDGET:
-        raise _damaged(
-            where, f"its header of {length:,} bytes has too many parts to be read within {HEADER_BUDGET >> 20} MiB"
-        )
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        header = jsons.parse(raw)
+    except ValueError as error:
         raise _damaged(where, f"its header is not valid JSON ({str(error)[:200]})") from error
     if type(header) is not dict:
         raise _damaged(where, f"its header is a JSON {type(header).__name__}, not an object")
@@ -166,19 +159,6 @@ def _bytes(source: ByteSource, start: int, stop: int) -> bytes:
 
 def _naturals(value: object) -> bool:
     return type(value) is list and all(type(number) is int and 0 <= number < 1 << 62 for number in value)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown(twice)} is there twice")
-    return made
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
 
 
 def _damaged(where: str, what: str) -> CheckpointError:
