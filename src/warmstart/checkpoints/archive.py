@@ -135,10 +135,10 @@ def _find_directory(file: MappedFile) -> tuple[int, int, int]:
         raise _damaged(file, "it claims to be one of several disks")
     locator = position - _END64_LOCATOR.size
     if locator >= 0 and file.map[locator : locator + 4] == b"PK\x06\x07":
-        _, _, end64, _ = _END64_LOCATOR.unpack_from(file.map, locator)
+        _, _, end64, _ = _END64_LOCATOR.unpack(file.map[locator:position])
         if end64 + _END64.size > locator or file.map[end64 : end64 + 4] != b"PK\x06\x06":
             raise _damaged(file, f"no end record at byte {end64:,}")
-        *_, count, size, start = _END64.unpack_from(file.map, end64)
+        *_, count, size, start = _END64.unpack(file.map[end64 : end64 + _END64.size])
         position = end64
     if start + size > position:
         raise _damaged(file, f"its directory should end at byte {start + size:,}, beyond {position:,} where it can")
@@ -168,7 +168,7 @@ def _wide(file: MappedFile, extra: bytes, full: int, stored: int, offset: int) -
 def _data_start(file: MappedFile, name: str, raw_name: bytes, offset: int, limit: int) -> int:
     if offset + _LOCAL.size > limit or file.map[offset : offset + 4] != b"PK\x03\x04":
         raise _damaged(file, f"member {shown(name)} has no header at byte {offset:,}")
-    n_name, n_extra = struct.unpack_from("<HH", file.map, offset + 26)
+    n_name, n_extra = struct.unpack("<HH", file.map[offset + 26 : offset + 30])
     start = offset + _LOCAL.size
     if file.map[start : start + n_name] != raw_name:
         raise _damaged(file, f"member {shown(name)} has another name at byte {start:,}")
