@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from warmstart.errors import FrozenChangedError, MappingError
 from warmstart.mapping.grouping import listed, printable
+from warmstart.mapping.hints import did_you_mean
 from warmstart.mapping.targets import Target, Targets
-from warmstart.patterns import Patterns, PatternSet, nearest
+from warmstart.patterns import Patterns, PatternSet
 from warmstart.tensors import digest, sample
 
 Held = Literal["eval", "train"]
@@ -128,8 +129,7 @@ class Frozen:
         chosen = PatternSet(patterns, where="release")
         released = [n for n, t in self._targets.items() if chosen.matches(n, t.clean)]
         if unused := chosen.without_hit():
-            near = nearest(unused[0].text, self._targets)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(unused[0].text, self._targets)
             raise MappingError(f"release({unused[0].text!r}) matches nothing that is frozen{hint}")
         parameters = []
         for name in released:
@@ -187,8 +187,7 @@ def freeze_patterns(model: nn.Module, patterns: Patterns, held: Held = "eval") -
     chosen = PatternSet(patterns, where="freeze")
     names = [name for name in targets.entries if chosen.matches(*targets.spellings(name))]
     if unused := chosen.without_hit():
-        near = nearest(unused[0].text, [t.clean for t in targets.entries.values()])
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(unused[0].text, [t.clean for t in targets.entries.values()])
         raise MappingError(f"freeze={unused[0].text!r} matches no model entry{hint}")
     return freeze_entries(model, names, targets, held)
 

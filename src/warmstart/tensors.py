@@ -50,6 +50,25 @@ def sample(tensor: Tensor, count: int = 4096) -> Tensor:
     return flat[index.to(flat.device)]
 
 
+def castable(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether a cast keeps the kind of number: float to float, integer to integer, complex to complex."""
+
+    def kind(dtype: torch.dtype) -> str:
+        if dtype.is_floating_point:
+            return "float"
+        if dtype.is_complex:
+            return "complex"
+        return "bool" if dtype == torch.bool else "int"
+
+    quantised = {torch.quint8, torch.qint8, torch.qint32}
+    return kind(source) == kind(target) and not {source, target} & quantised
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def range_lost(source: torch.dtype, target: torch.dtype) -> bool:
     """Whether a cast can turn a finite value into another kind of value (inf, or a wrapped integer)."""
     if source == target:

@@ -8,7 +8,7 @@ from warmstart.errors import CheckpointError, MappingError, TimingError
 from warmstart.loading.values import Values, as_planned, duplicates, live_tensor, written
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan
-from warmstart.tensors import range_lost, same_bits
+from warmstart.tensors import dtype_name, range_lost, same_bits
 
 
 def preflight(plan: Plan, values: Values) -> None:
@@ -76,7 +76,7 @@ def _lost(plan: Plan, values: Values) -> list[str]:
             count = int((cast.to(torch.int64) != source.to(torch.int64)).sum())
             what = f"{count} values do not fit"
         if count:
-            a, b = (str(dtype).removeprefix("torch.") for dtype in assignment.cast)
+            a, b = map(dtype_name, assignment.cast)
             lost.append((assignment.target, f"{a} to {b}: {what}"))
     if not lost:
         return []

@@ -14,6 +14,7 @@ from typing_extensions import TypeVar
 from warmstart.errors import MappingError
 from warmstart.mapping.buckets import Buckets
 from warmstart.mapping.table import lines
+from warmstart.tensors import dtype_name
 
 Verify = Literal["full", "sample", "off"]
 R = TypeVar("R", default=Any)
@@ -110,7 +111,7 @@ class Plan(Buckets, Generic[R]):
                     "sources": list(a.sources),
                     "part": a.part,
                     "shape": list(a.shape),
-                    "cast": [str(d).removeprefix("torch.") for d in a.cast] if a.cast else None,
+                    "cast": [dtype_name(d) for d in a.cast] if a.cast else None,
                     "alias_of": a.alias_of,
                 }
                 for a in self.assignments

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from warmstart.mapping.buckets import Assignment, Buckets
 from warmstart.mapping.grouping import grouped, printable
+from warmstart.tensors import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def _source(target: str, sources: tuple[str, ...]) -> str:
 def _shape(assignment: Assignment) -> str:
     if assignment.cast is None:
         return str(assignment.shape)
-    source, target = (str(dtype).removeprefix("torch.") for dtype in assignment.cast)
+    source, target = map(dtype_name, assignment.cast)
     return f"{assignment.shape} {source} to {target}"
 
 
