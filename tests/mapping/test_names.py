@@ -103,6 +103,7 @@ def shaped(*names: str, shape: tuple[int, ...] = (2,)) -> dict[str, tuple[int, .
         (shaped("x.a", "x.b"), shaped("s.a", "s.b", "t.a", "t.b"), [("x", "s", 2), ("x", "t", 2)]),
         (shaped("x.a", "y.a"), shaped("a"), [("x", "", 1), ("y", "", 1)]),
         (shaped("x.a", "y.a", "y.b"), shaped("a", "b"), [("y", "", 2)]),
+        (shaped("x.a", "y.b", "y.c") | shaped("x.b", "x.c", shape=(9,)), shaped("a", "b", "c"), [("y", "", 2)]),
         (shaped("q.r"), shaped("a"), []),
         (shaped("a"), {}, []),
         ({}, shaped("a"), []),

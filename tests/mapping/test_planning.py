@@ -374,6 +374,12 @@ def test_into_is_the_scope_and_what_lies_outside_is_excluded():
     assert plan.coverage == 1
 
 
+def test_into_is_a_segment_not_a_substring():
+    plan = planned(["encoder.a", "encoder2.a"], ["a"], into="encoder")
+    assert plan.errors == ()
+    assert (used(plan), plan.excluded) == ({"encoder.a": "a"}, ("encoder2.a",))
+
+
 def test_names_that_rules_produce_are_relative_to_into():
     assert used(planned(["encoder.a.w"], ["x.w"], into="encoder", rename={"x": "a"})) == {"encoder.a.w": "x.w"}
     plan = planned(["encoder.a.w"], ["x.w"], into="encoder", rename={"x": "encoder.a"}, strip_prefix="")
@@ -408,7 +414,7 @@ def test_into_and_patterns_are_spelled_with_or_without_wrappers(into, spelled):
     if into == "encoder.module":  # neither the one nor the other spelling
         assert kinds(plan)[0] == "into"
         return
-    assert plan.errors == ()
+    assert (plan.errors, plan.prefix) == ((), None)
     assert used(plan) == {"module.encoder.module.a": "a"}
     assert (plan.missing, plan.excluded) == (("module.encoder.module.b",), ("module.head",))
     assert plan.mismatched == {"module.encoder.module.c": (("c",), (3,), (2,))}
@@ -528,6 +534,9 @@ def test_a_right_key_is_never_rewritten():
     plan = planned(["a", "b", "c", "enc.z"], ["enc.a", "enc.b", "enc.c", "enc.z"])
     assert plan.errors == ()
     assert used(plan) == {"a": "enc.a", "b": "enc.b", "c": "enc.c", "enc.z": "enc.z"}
+    plan = planned(["a", "b", "c", "enc.a"], ["enc.a", "enc.b", "enc.c"])  # enc.a could go to either
+    assert used(plan) == {"enc.a": "enc.a", "b": "enc.b", "c": "enc.c"}
+    assert plan.missing == ("a",)
 
 
 def test_a_rewritten_key_that_meets_a_right_one_is_a_collision():
@@ -591,7 +600,8 @@ def test_field_note_16_the_wrong_architecture_is_asked_about():
     keys = {f"layer.{i}.{n}": (4, 16) for i in range(4) for n in "abc"} | {"stem": (3,)}
     plan = planned(entries, keys)
     assert "wrong architecture? only 1 of 13 entries have the checkpoint's shape" in plan.explain()
-    assert "wrong architecture" not in planned({"a": (1,), "b": (1,)}, {"a": (2,), "b": (1,)}).explain()
+    two_heads = planned({"a": (1,), "b": (1,), "c": (1,)}, {"a": (2,), "b": (2,), "c": (1,)})
+    assert "wrong architecture" not in two_heads.explain()
 
 
 def test_ke_1_another_width_of_the_last_layer(fingerprint):
@@ -818,17 +828,17 @@ def test_allow_unexpected_matches_keys_with_and_without_their_wrappers(pattern):
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "message"),
     [
-        {},
-        {"allow_missing": "*", "allow_unexpected": "*"},
-        {"select": "?zz", "allow_missing": "*"},
+        ({}, "none of the 2 keys fits any of the 2 model entries in scope"),
+        ({"allow_missing": "*", "allow_unexpected": "*"}, "none of the 2 keys fits"),
+        ({"select": "?zz", "allow_missing": "*"}, "select= leaves none of the 2 keys; widen it"),
     ],
 )
-def test_d2_13_nothing_matched_is_always_an_error(fields, fingerprint):
+def test_d2_13_nothing_matched_is_always_an_error(fields, message, fingerprint):
     model = net(["a.w", "b.w"])
     before = fingerprint(model)
-    with pytest.raises(MappingError, match="nothing matched: ") as error:
+    with pytest.raises(MappingError, match=f"nothing matched: {message}") as error:
         warmstart.plan(model, Header(["q.r", "s.t"]), **fields).apply()
     assert fingerprint(model) == before
     assert [p.kind for p in error.value.plan.errors] == ["nothing matched"]  # and no list of all names beside it
