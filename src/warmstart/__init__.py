@@ -1,6 +1,7 @@
 """Start training from pretrained weights: planned, verified by value, frozen, reported."""
 
 from warmstart.api import freeze, load, plan
+from warmstart.checkpoints.averaging import average
 from warmstart.checkpoints.base import Checkpoint, TensorInfo
 from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.errors import (
@@ -35,6 +36,7 @@ __all__ = [
     "VerificationError",
     "WarmStartError",
     "__version__",
+    "average",
     "freeze",
     "load",
     "open_checkpoint",
