@@ -59,7 +59,17 @@ def plan(model: nn.Module, pretrained: Sources, /, **fields: Unpack[PretrainedFi
     """
     parts = as_parts(pretrained, fields)
     opened = [
-        (p, open_checkpoint(p.source, checkpoint_key=p.checkpoint_key, trust_pickle=p.trust_pickle)) for p in parts
+        (
+            p,
+            open_checkpoint(
+                p.source,
+                checkpoint_key=p.checkpoint_key,
+                revision=p.revision,
+                subfolder=p.subfolder,
+                trust_pickle=p.trust_pickle,
+            ),
+        )
+        for p in parts
     ]
     return make_plan(model, opened, apply)
 

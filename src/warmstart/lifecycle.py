@@ -5,16 +5,15 @@ Hosts say *when*; nothing here knows a host.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from warmstart import api
+from warmstart.checkpoints.places import is_gone
 from warmstart.errors import CheckpointError, FrozenChangedError, MappingError, TimingError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
 from warmstart.loading.verifying import raise_differences
@@ -105,7 +104,7 @@ class Lifecycle:
         try:
             plan = api.plan(model, self.parts)
         except CheckpointError as error:
-            if not _is_gone(self.parts):
+            if not any(is_gone(part.source) for part in self.parts):
                 raise
             self._gone = error
             self._hook = model.register_load_state_dict_post_hook(self._note_restore)  # type: ignore[no-untyped-call]
@@ -255,11 +254,6 @@ class Lifecycle:
             "lineage": lineage,
             "frozen": list(self.frozen.names if self.frozen else ()),
         }
-
-
-def _is_gone(parts: Sequence[Pretrained]) -> bool:
-    paths = [Path(os.fspath(part.source)).expanduser() for part in parts if isinstance(part.source, str | os.PathLike)]
-    return any(not path.exists() for path in paths)
 
 
 def _refuse_overlap(plan: Plan, beside: Sequence[Lifecycle]) -> None:

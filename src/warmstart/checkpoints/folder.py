@@ -145,7 +145,7 @@ def _compare(
     extra = sorted(key for key in theirs - ours if _place(rival, key) not in kept or _place(rival, key)[1] < 0)
     lacking = sorted(ours - theirs)
     if extra or lacking:
-        differ = [f"{listed([key])} only in {name}" for name, (key, *_) in ((main, lacking), (other, extra)) if key]
+        differ = [f"{listed(keys, 1)} only in {name}" for name, keys in ((main, lacking), (other, extra)) if keys]
         raise CheckpointError(
             f"{path}: {main} and {other} are both complete and hold different tensors ({'; '.join(differ)}), so one of them is "
             f"not this model; say which one to take, with one of:\n{_menu([main, other], lambda name: str(path / name))}"
@@ -197,7 +197,7 @@ def _what_there_is(names: Sequence[str]) -> str:
 
 
 def _subfolders(path: Path, folders: Sequence[str]) -> str:
-    known = {name for family in _FAMILIES.values() for name in family}
+    known = {".metadata", *(name for family in _FAMILIES.values() for name in family)}
     holding = [name for name in folders if known.intersection(os.listdir(path / name))]
     if holding:
         return f'; give the part to take: subfolder="{holding[-1]}" (of {listed(holding, 8)})'

@@ -12,11 +12,20 @@ from torch import Tensor, nn
 
 from warmstart.checkpoints.archive import Member, read_directory
 from warmstart.checkpoints.base import Checkpoint
+from warmstart.checkpoints.dcp import METADATA, open_dcp
+from warmstart.checkpoints.folder import open_folder
+from warmstart.checkpoints.hub import open_hub
+from warmstart.checkpoints.keras_file import KERAS_MEMBER, open_h5, open_keras
+from warmstart.checkpoints.keras_file import MAGIC as H5_MAGIC
 from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile, shown
 from warmstart.checkpoints.memory import open_memory
 from warmstart.checkpoints.numpy_file import MAGIC as NPY_MAGIC
 from warmstart.checkpoints.numpy_file import open_npy, open_npz, read_header
+from warmstart.checkpoints.places import hub_place, record_snapshot
+from warmstart.checkpoints.refusals import refuse_engine_file, refuse_placeholders
 from warmstart.checkpoints.safetensors_file import open_safetensors
+from warmstart.checkpoints.sharded import INDEX_SUFFIX, MAX_INDEX, open_sharded
+from warmstart.checkpoints.tensorflow import refuse_tensorflow
 from warmstart.checkpoints.torch_file import find_pickle, open_torch_zip
 from warmstart.checkpoints.torch_legacy import MAGIC as LEGACY_MAGIC
 from warmstart.checkpoints.torch_legacy import (
@@ -26,13 +35,13 @@ from warmstart.checkpoints.torch_legacy import (
     open_torch_tar,
     tar_members,
 )
+from warmstart.checkpoints.torchscript import is_torchscript, open_torchscript
 from warmstart.checkpoints.trusting import load_trusted
 from warmstart.errors import CheckpointError
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module | Checkpoint
 
 _FOREIGN = {
-    b"\x89HDF\r\n\x1a\n": "an HDF5 file (Keras); export its weights once: numpy.savez(path, **arrays) from h5py's datasets",
     b"GGUF": "a GGUF file, whose tensors are quantized blocks; use the original weights (safetensors) of that model",
     b"\x1f\x8b": "a gzip file; unpack it first: gunzip FILE (or tar xzf FILE)",
     b"BZh": "a bzip2 file; unpack it first: bunzip2 FILE",
@@ -41,16 +50,27 @@ _FOREIGN = {
     b"version https://git-lfs": "a git-lfs pointer, not the weights themselves; fetch them: git lfs pull",
 }
 _HTML = (b"<!doctype", b"<html", b"<?xml", b"<head")
-_KNOWN = "safetensors, torch (.pt .pth .bin .ckpt) and numpy (.npy .npz) files are read"
+_KNOWN = "safetensors, torch (.pt .pth .bin .ckpt), numpy (.npy .npz) and Keras (.h5 .keras) files are read"
 
 
-def open_checkpoint(source: Source, *, checkpoint_key: str | None = None, trust_pickle: bool = False) -> Checkpoint:
-    """Open pretrained weights: a file, a state dict or nested mapping, a module, or a checkpoint that is open already.
+def open_checkpoint(
+    source: Source,
+    *,
+    checkpoint_key: str | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    trust_pickle: bool = False,
+) -> Checkpoint:
+    """Open pretrained weights: a file or folder, a model of the hub, a state dict, a module, or a checkpoint that is open.
 
     Args:
-        source: A path (`~` is expanded), a mapping of tensors or numpy arrays, a module, or a `Checkpoint`.
+        source: A path of a file, of an index of shards or of a folder (`~` is expanded); a model of the Hugging Face hub as
+            `org/name`, `org/name@revision` or `hf://org/name[@revision][/path]`; a mapping of tensors or numpy arrays, a
+            module, or a `Checkpoint`. What exists as a path is a path.
         checkpoint_key: The tree to take, where the source holds several: its dotted path, such as `state_dict`;
             "" takes all of them as one.
+        revision: The branch, tag or commit of a model of the hub.
+        subfolder: The folder within a folder or model of the hub, such as `unet`.
         trust_pickle: Run whatever code the file's pickle names. Only for files you would run as a program.
 
     Returns:
@@ -68,34 +88,85 @@ def open_checkpoint(source: Source, *, checkpoint_key: str | None = None, trust_
             )
         return source
     if isinstance(source, (Mapping, nn.Module)):
-        return open_memory(source, checkpoint_key=checkpoint_key)
+        _refuse_hub_only(source, revision, subfolder)
+        held = open_memory(source, checkpoint_key=checkpoint_key)
+        refuse_placeholders(held)
+        return held
     if not isinstance(source, (str, os.PathLike)):
         hint = "; pass a mapping: {name: tensor}" if isinstance(source, Tensor) else ""
         raise TypeError(
             "a checkpoint is opened from a path, a mapping of tensors, a module or a Checkpoint, not "
             f"{type(source).__name__}{hint}"
         )
+    checkpoint = _open_place(source, checkpoint_key, revision, subfolder, trust_pickle)
+    record_snapshot(checkpoint)
+    refuse_placeholders(checkpoint)
+    return checkpoint
+
+
+def _open_place(
+    source: str | os.PathLike[str], key: str | None, revision: str | None, subfolder: str | None, trust: bool
+) -> Checkpoint:
+    def open_file(path: Path) -> Checkpoint:
+        return _open_file(_map(path), key, trust)
+
+    place = hub_place(source)
     path = Path(source).expanduser()
     try:
-        return _open_file(_map(path), checkpoint_key, trust_pickle)
+        if place is not None:
+            return open_hub(place.within(revision, subfolder), open_file=open_file)
+        _refuse_hub_only(path, revision)
+        if path.is_dir():
+            return _open_folder(_below(path, subfolder), key, open_file)
+        if subfolder is not None:
+            _map(path)
+            raise CheckpointError(f"{path}: is a file, which has no subfolder={shown(subfolder)}; leave subfolder out")
+        return open_file(path)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be read: {error.strerror or error}; check the path and its permissions"
+            f"{place.spelled() if place else path}: cannot be read: {error.strerror or error}; check the path and its "
+            "permissions"
         ) from error
 
 
+def _open_folder(path: Path, key: str | None, open_file: Callable[[Path], Checkpoint]) -> Checkpoint:
+    if (path / METADATA).is_file():
+        return open_dcp(path, checkpoint_key=key)
+    refuse_tensorflow(path)
+    return open_folder(path, checkpoint_key=key, open_file=open_file)
+
+
+def _below(path: Path, subfolder: str | None) -> Path:
+    if subfolder is None:
+        return path
+    inside = path / subfolder
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise CheckpointError(
+            f"{path}: subfolder={shown(subfolder)} leads out of it; give the folder you mean as the source"
+        )
+    if not inside.is_dir():
+        raise CheckpointError(f"{path}: has no folder {shown(subfolder)}{_beside(inside)}; check subfolder=")
+    return inside
+
+
+def _refuse_hub_only(source: object, revision: str | None, subfolder: str | None = None) -> None:
+    for name, value in (("revision", revision), ("subfolder", subfolder)):
+        if value is not None:
+            what = source if isinstance(source, Path) else "a source in memory"
+            where = "a model of the hub" if name == "revision" else "a folder or a model of the hub"
+            raise CheckpointError(f"{what}: {name}={shown(value)} is for {where}, org/name; leave {name} out")
+
+
 def _map(path: Path) -> MappedFile:
-    try:
-        if path.is_dir():
-            raise CheckpointError(f"{path}: is a directory; give the file in it that holds the weights{_inside(path)}")
-        if not path.exists():
-            raise CheckpointError(
-                f"{path}: there is no such file{_beside(path)}; check the path (relative to {Path.cwd()})"
-            )
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is not a regular file; copy the weights into one")
-    except ValueError as error:
-        raise CheckpointError(f"{shown(str(path))}: is no path ({error}); check it") from error
+    if "\0" in str(path):
+        raise CheckpointError(f"{shown(str(path))}: is no path (it holds a null byte); check it")
+    refuse_tensorflow(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: there is no such file{_beside(path)}; check the path (relative to {Path.cwd()})"
+        )
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is not a regular file; copy the weights into one")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty (0 bytes); copy or download it again")
     return MappedFile(path)
@@ -103,8 +174,11 @@ def _map(path: Path) -> MappedFile:
 
 def _open_file(file: MappedFile, key: str | None, trust: bool) -> Checkpoint:
     head = file.map[:64]
+    refuse_engine_file(file.path)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _open_zip(file, key, trust)
+    if head.startswith(H5_MAGIC):
+        return open_h5(file, checkpoint_key=key)
     if head.startswith(NPY_MAGIC):
         if trust and read_header(file.map[:10_012], str(file.path)).code.startswith("O"):
             return load_trusted(file, "numpy npy", key)
@@ -118,6 +192,8 @@ def _open_file(file: MappedFile, key: str | None, trust: bool) -> Checkpoint:
         return load_trusted(file, name, key) if trust else opener(file, checkpoint_key=key)
     if head[8:9] == b"{" and _could_be_safetensors(file, head):
         return open_safetensors(file, checkpoint_key=key)
+    if head.lstrip().startswith(b"{") and _is_index(file):
+        return open_sharded(file.path, checkpoint_key=key, open_file=lambda path: _open_file(_map(path), None, trust))
     members = tar_members(file)
     if members is not None:
         if members.keys() >= TAR_MEMBERS:
@@ -125,22 +201,27 @@ def _open_file(file: MappedFile, key: str | None, trust: bool) -> Checkpoint:
         raise CheckpointError(
             f"{file.path}: a tar archive; unpack it first: tar xf FILE, and give the weights inside it"
         )
+    refuse_tensorflow(file.path, file)
     raise _unknown(file)
+
+
+def _is_index(file: MappedFile) -> bool:
+    return file.path.name.endswith(INDEX_SUFFIX) or file.map.find(b'"weight_map"', 0, MAX_INDEX) >= 0
 
 
 def _open_zip(file: MappedFile, key: str | None, trust: bool) -> Checkpoint:
     members = read_directory(file)
     folder = find_pickle(members)
+    if folder is not None and is_torchscript(members, folder):
+        return open_torchscript(file, members, folder, checkpoint_key=key)
     if folder is not None:
         return (
             load_trusted(file, "torch zip", key) if trust else open_torch_zip(file, members, folder, checkpoint_key=key)
         )
     if members and all(_is_array(file, member) for member in members.values()):
         return open_npz(file, members, checkpoint_key=key)
-    if "model.weights.h5" in members:
-        raise CheckpointError(
-            f"{file.path}: a Keras file; export its weights once: numpy.savez(path, **arrays) from the model's variables"
-        )
+    if KERAS_MEMBER in members:
+        return open_keras(file, members[KERAS_MEMBER], checkpoint_key=key)
     names = ", ".join(shown(name, 40) for name in list(members)[:4]) or "nothing"
     raise CheckpointError(
         f"{file.path}: a zip archive of neither torch nor numpy: it holds {names}; unpack it and give the weights inside it"
@@ -156,17 +237,20 @@ def _could_be_safetensors(file: MappedFile, head: bytes) -> bool:
     return head[4:8] == b"\0\0\0\0"
 
 
-def _unknown(file: MappedFile) -> CheckpointError:
-    head = file.map[:512]
+def _refuse_foreign(head: bytes, where: str) -> None:
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
-            return CheckpointError(f"{file.path}: {what}")
-    start = head.lstrip()[:200].lower()
-    if start.startswith(_HTML):
-        return CheckpointError(
-            f"{file.path}: an HTML page, not weights: the download was answered with a web page (a login or an error); "
+            raise CheckpointError(f"{where}: {what}")
+    if head.lstrip()[:200].lower().startswith(_HTML):
+        raise CheckpointError(
+            f"{where}: an HTML page, not weights: the download was answered with a web page (a login or an error); "
             "download it again from the file's own link"
         )
+
+
+def _unknown(file: MappedFile) -> CheckpointError:
+    head = file.map[:512]
+    _refuse_foreign(head, str(file.path))
     try:
         text = head[:-4].decode("utf-8") if len(head) == 512 else head.decode("utf-8")
     except UnicodeDecodeError:
@@ -179,13 +263,6 @@ def _unknown(file: MappedFile) -> CheckpointError:
         f"{file.path}: an unknown format (its {file.size:,} bytes start with {head[:8].hex(' ')}); {_KNOWN}: convert it to one "
         "of them, for instance with safetensors.torch.save_file(state_dict, path)"
     )
-
-
-def _inside(path: Path) -> str:
-    names = sorted(
-        p.name for p in path.iterdir() if p.suffix in {".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz"}
-    )
-    return f", such as {' or '.join(shown(str(path / name), 200) for name in names[:3])}" if names else ""
 
 
 def _beside(path: Path) -> str:

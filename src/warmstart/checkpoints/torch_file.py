@@ -29,13 +29,27 @@ def open_torch_zip(
     """Open a file of `torch.save`.
 
     Raises:
-        CheckpointError: It is damaged, hostile, a TorchScript program, or holds no single tree of weights.
+        CheckpointError: It is damaged, hostile, or holds no single tree of weights.
     """
-    if f"{folder}constants.pkl" in members or any(name.startswith(f"{folder}code/") for name in members):
-        raise CheckpointError(
-            f"{file.path}: a TorchScript archive, which is a program with weights; convert it once: "
-            'torch.save(torch.jit.load(path).state_dict(), "weights.pt")'
-        )
+    content, stubbed, place = unpickle(file, members, folder)
+    return build_checkpoint(
+        content,
+        file,
+        format="torch zip",
+        checkpoint_key=checkpoint_key,
+        place=place,
+        notes=pickles.stub_note(stubbed),
+    )
+
+
+def unpickle(
+    file: MappedFile, members: dict[str, Member], folder: str
+) -> tuple[object, list[str], Callable[[StorageRef], Place]]:
+    """What the archive's pickle describes, the classes that were not built, and where each storage lies.
+
+    Raises:
+        CheckpointError: It is damaged or hostile, or a storage's record is missing or too short.
+    """
     where = f"{file.path} ({shown(folder + 'data.pkl')})"
     data = _pickle_bytes(file, members[f"{folder}data.pkl"], where)
     swapped = _is_swapped(file, members, folder)
@@ -63,14 +77,7 @@ def open_torch_zip(
     content, stubbed = pickles.load(data, where=where, persistent=storage_maker(storages), records=len(members))
     for storage in storages:
         place(storage)
-    return build_checkpoint(
-        content,
-        file,
-        format="torch zip",
-        checkpoint_key=checkpoint_key,
-        place=place,
-        notes=pickles.stub_note(stubbed),
-    )
+    return content, stubbed, place
 
 
 def storage_maker(made: list[StorageRef]) -> Callable[[object], object]:

@@ -40,6 +40,8 @@ class PretrainedFields(TypedDict, total=False):
     freeze: bool | str | Sequence[str]
     sha256: str | None
     trust_pickle: bool
+    revision: str | None
+    subfolder: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,8 @@ class Pretrained:
     """One checkpoint and the rules by which it goes into a model. All of it but in-memory sources can be YAML.
 
     Attributes:
-        source: A path, a state dict of tensors or numpy arrays, a module, or an opened `Checkpoint`.
+        source: A path of a file or folder, a model of the hub (`org/name`, `org/name@revision`, `hf://...`), a state dict of
+            tensors or numpy arrays, a module, or an opened `Checkpoint`.
         checkpoint_key: Which tree of the file, as a dotted path: `"state_dict"`, `"model_ema"`. None: the only one.
         select: Consider only the checkpoint keys that these patterns match; the others are `ignored`.
         strip_prefix: A leading path to remove from keys. None infers one (strip, add) pair; `""` strips nothing.
@@ -65,6 +68,8 @@ class Pretrained:
         freeze: True freezes exactly what this source loaded; patterns freeze what they match.
         sha256: Refuse a file whose SHA-256 is another.
         trust_pickle: Unpickle the file with full rights to run code. Nothing else ever does.
+        revision: The branch, tag or commit of a model of the Hugging Face hub.
+        subfolder: The folder within a folder or a model of the hub, such as `unet`.
 
     Raises:
         MappingError: A value that cannot be meant, such as a regex that does not compile.
@@ -88,6 +93,8 @@ class Pretrained:
     freeze: bool | Patterns = False
     sha256: str | None = None
     trust_pickle: bool = False
+    revision: str | None = None
+    subfolder: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.source, Pretrained):
