@@ -241,7 +241,7 @@ def _raw(number: str, found: Mapping[str, Any]) -> TensorRef | Unreadable | None
         return Unreadable(f"of numpy dtype {shown(code)}: {why_not(code)}")
     shape = tuple(found["shape"])
     if len(shape) > MAX_DIMS or unfolds_too_far(shape) or any(size < 0 for size in shape):
-        return Unreadable("a dataset whose sizes are none; get the file again from where it came")
+        return Unreadable("a dataset whose sizes are beyond all use; get the file again from where it came")
     layout = found["layout"]
     if layout not in {"contiguous", "compact", "chunked"}:
         return Unreadable(
