@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from typing_extensions import Unpack, override
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+    from lightning.pytorch.callbacks import WeightAveraging
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
     from lightning.pytorch.utilities.model_helpers import is_overridden
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -33,7 +35,8 @@ class WarmStart(Callback):
     """Load pretrained weights when `fit` sets the model up, freeze them, verify them, and report them.
 
     Loading happens after the module's layers exist, wherever they are made (`__init__`, `setup` or `configure_model`),
-    and before `configure_optimizers`; once for each model object; never for validate, test or predict alone. A resumed
+    and before `configure_optimizers`; once for each model object (a second fit goes on from its trained weights, and
+    layers that `setup` made anew are loaded anew); never for validate, test or predict alone. A resumed
     run (`ckpt_path=`) keeps its own weights. When training starts every value is compared with the source; at each
     epoch's end and at the end of training the frozen tensors are compared with what they were.
 
@@ -43,7 +46,8 @@ class WarmStart(Callback):
         held: `"eval"` holds modules that are frozen as a whole in eval mode; `"train"` leaves their mode alone.
         on_freeze_change: Whether resuming a run that had frozen other entries is an `"error"`, or to be allowed.
         log: Print the report, log it to the trainer's loggers and write it to the run's folder as JSON.
-        name: Tells two of these callbacks with the same `into` apart in checkpoints.
+        name: Tells two of these callbacks with the same `into` apart in checkpoints; Lightning asks for it with "more than
+            one stateful callback".
         **fields: `Pretrained`'s fields, for a single bare source.
 
     Attributes:
@@ -72,7 +76,7 @@ class WarmStart(Callback):
         self._life = Lifecycle(parts, verify=verify, held=held, on_freeze_change=on_freeze_change)
         self._key = name if name is not None else "+".join(part.into for part in parts)
         self._logs = log  # Lightning puts its own `log` on callbacks
-        self._wrapped: str | None = None
+        self._once: _Once | None = None
         self._checked = False
         self._first_batch = False
 
@@ -94,9 +98,6 @@ class WarmStart(Callback):
         self._checked = self._first_batch = False
         if stage != "fit":
             return
-        if self._life.applied_to(pl_module):
-            self._life.apply(pl_module)
-            return
         if trainer.strategy.restore_checkpoint_after_setup:
             raise TimingError(
                 f"{type(trainer.strategy).__name__} shards the model after it is set up, which WarmStart does not support "
@@ -105,20 +106,33 @@ class WarmStart(Callback):
         # Our setup comes before the module's own and before configure_model, and no hook lies between those and the
         # optimizer. So the last of them that the module has is wrapped on the instance, for one call.
         last = next((name for name in ("configure_model", "setup") if is_overridden(name, pl_module)), None)
+        self._refuse_averaging(trainer, pl_module)
         if last is None:
             self._apply(trainer, pl_module)
             return
-        original = getattr(pl_module, last)
+        self._once = _Once(self, last, pl_module, lambda: self._apply(trainer, pl_module))
 
-        @functools.wraps(original)
-        def once(*args: Any, **kwargs: Any) -> Any:
-            self._unwrap(pl_module)
-            result = original(*args, **kwargs)
-            self._apply(trainer, pl_module)
-            return result
+    def _end_wrap(self) -> None:
+        if self._once is not None:
+            self._once.remove()
+            self._once = None
 
-        self._wrapped = last
-        pl_module.__dict__[last] = once
+    def _refuse_averaging(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An averaging callback copies the model in its own setup; it must copy what was loaded."""
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+        averaging = next((c for c in callbacks if isinstance(c, WeightAveraging)), None)
+        if averaging is None:
+            return
+        if callbacks.index(averaging) < callbacks.index(self):
+            raise TimingError(
+                f"{type(averaging).__name__} stands before WarmStart and would average the model as it was before the load; "
+                "write Trainer(callbacks=[WarmStart(...), averaging])"
+            )
+        if is_overridden("setup", pl_module):
+            raise TimingError(
+                f"{type(averaging).__name__} copies the model before {type(pl_module).__name__}.setup has run, and so before "
+                "the load; make the layers in __init__ or configure_model instead of setup"
+            )
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
         others = [c._life for c in _warm_starts(trainer) if c is not self]
@@ -128,15 +142,10 @@ class WarmStart(Callback):
         if self._logs and self._life.report is not None:
             log_lineage(trainer.loggers, self._life.report)
 
-    def _unwrap(self, pl_module: nn.Module) -> None:
-        if self._wrapped is not None:
-            pl_module.__dict__.pop(self._wrapped, None)
-            self._wrapped = None
-
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if state is not None and trainer.state.fn == "fit" and self._life.applied_to(pl_module):
+        if state is not None and trainer.state.fn == "fit":
             self._life.resume(pl_module, state)
 
     @override
@@ -154,6 +163,9 @@ class WarmStart(Callback):
         if gone is not None and (not _resumed(trainer) or not self._life.knows_what_to_freeze):
             raise gone
         _expect_eval_mode(self._life.frozen, pl_module)
+        # A learning rate finder stands before us and has had a trial run of its own by now.
+        self._checked = self._first_batch = False
+        self._life.rearm()
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,7 +179,7 @@ class WarmStart(Callback):
         if self._checked:
             return
         self._checked = True
-        first = self._life.start(pl_module, resumed=_resumed(trainer))
+        first = self._life.start(pl_module, resumed=_resumed(trainer), optimizers=trainer.optimizers)
         self._first_batch = first
         if not self._logs:
             return
@@ -181,9 +193,13 @@ class WarmStart(Callback):
     def _tell(self, trainer: Trainer, report: Report, folder: str | None) -> None:
         rank_zero_info(str(report))
         log_report(trainer.loggers, report, step=trainer.global_step)
-        if folder is not None:
-            suffix = f"-{self._key.replace('/', '_')}" if len(_warm_starts(trainer)) > 1 else ""
+        if folder is None or "://" in folder:  # a run folder in an object store: the loggers have the report
+            return
+        suffix = f"-{self._key.replace('/', '_')}" if len(_warm_starts(trainer)) > 1 else ""
+        try:
             report.to_json(Path(folder) / f"warmstart{suffix}.json")
+        except OSError as error:
+            rank_zero_warn(f"warmstart: the report could not be written to {folder}: {error}")
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -201,11 +217,43 @@ class WarmStart(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._unwrap(pl_module)
+        self._end_wrap()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._unwrap(pl_module)
+        self._end_wrap()
+
+
+class _Once:
+    """Stands in for a module's method for one call, and acts after it.
+
+    Several can be stacked, and are removed in any order: one that is not on top is passed through until it is.
+    """
+
+    def __init__(self, owner: WarmStart, name: str, module: nn.Module, act: Callable[[], None]) -> None:
+        self.owner, self.name, self.module, self.act = owner, name, module, act
+        self.original = getattr(module, name)
+        self.before = module.__dict__.get(name)  # set on the instance by its user, or by another WarmStart
+        self.active = True
+        self.__wrapped__ = inspect.unwrap(self.original)  # Lightning looks here for whether the method is overridden
+        module.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        act = self.active
+        self.owner._end_wrap()
+        result = self.original(*args, **kwargs)
+        if act:
+            self.act()
+        return result
+
+    def remove(self) -> None:
+        self.active = False
+        top = self.module.__dict__.get(self.name)
+        while isinstance(top, _Once) and not top.active:
+            del self.module.__dict__[self.name]
+            top = top.before
+            if top is not None:
+                self.module.__dict__[self.name] = top
 
 
 def _warm_starts(trainer: Trainer) -> list[WarmStart]:
@@ -215,7 +263,7 @@ def _warm_starts(trainer: Trainer) -> list[WarmStart]:
 
 def _expect_eval_mode(frozen: Frozen | None, module: nn.Module) -> None:
     """Lightning warns of modules in eval mode; where they are exactly those held for the frozen, there is no surprise."""
-    held = {id(m) for _, root in (frozen.held_modules if frozen else ()) for m in root.modules()}
+    held = {id(m) for m in (frozen.held_modules if frozen else ())}
     in_eval = [m for m in module.modules() if not m.training]
     if in_eval and all(id(m) in held for m in in_eval):
         warnings.filterwarnings("ignore", rf"Found {len(in_eval)} module\(s\) in eval mode", UserWarning)

@@ -8,12 +8,14 @@ from torch import nn
 from typing_extensions import Unpack
 
 from warmstart.checkpoints.opening import open_checkpoint
+from warmstart.errors import MappingError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
 from warmstart.lineage import lineage
 from warmstart.loading.writing import write
 from warmstart.mapping.plan import Plan, Verify
 from warmstart.mapping.planning import make_plan
 from warmstart.mapping.pretrained import Pretrained, PretrainedFields, Source, as_parts
+from warmstart.mapping.targets import Targets
 from warmstart.patterns import Patterns
 from warmstart.report import Report
 from warmstart.version import __version__
@@ -57,6 +59,10 @@ def plan(model: nn.Module, pretrained: Sources, /, **fields: Unpack[PretrainedFi
         CheckpointError: The source cannot be opened.
         MappingError: The model has entries without shape or storage.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the model comes first and the source second: load(model, source), not a {type(model).__name__} first"
+        )
     parts = as_parts(pretrained, fields)
     opened = [
         (
@@ -96,5 +102,11 @@ def freeze(model: nn.Module, patterns_or_report: Patterns | Report) -> Frozen:
     """
     if isinstance(patterns_or_report, Report):
         plan = patterns_or_report.plan
-        return freeze_entries(model, [a.target for a in plan.assignments], plan.targets)
+        targets = Targets.of(model)
+        names = [a.target for a in plan.assignments]
+        if lost := [name for name in names if name not in targets.entries]:
+            raise MappingError(
+                f"'{lost[0]}' (one of {len(lost)}) was loaded and is no entry of this model; freeze by pattern"
+            )
+        return freeze_entries(model, names, targets)
     return freeze_patterns(model, patterns_or_report)

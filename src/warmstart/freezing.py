@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from warmstart.errors import FrozenChangedError, MappingError
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import did_you_mean
-from warmstart.mapping.targets import Target, Targets
+from warmstart.mapping.targets import Live, Target, Targets
 from warmstart.patterns import Patterns, PatternSet
 from warmstart.tensors import digest, sample
 
@@ -23,14 +23,25 @@ _STATISTICS = ("running_mean", "running_var")
 class HeldInEval:
     """Stands in for a module's `train` method: whatever mode is asked for, the module stays in eval.
 
-    An object and not a closure, so that a held module can be pickled and deep-copied.
+    An object and not a closure, so that a held module can be pickled and deep-copied. It remembers the mode that was asked
+    for, which the module gets when it is released.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.asked = module.training
+        module.training = False
 
-    def __call__(self, mode: bool = True) -> nn.Module:
-        return type(self.module).train(self.module, False)
+    def __call__(self, mode: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        self.asked = mode
+        self.module.training = False
+        for child in self.module.children():
+            child.train(mode)
+        return self.module
+
+    def release(self) -> None:
+        del self.module.__dict__["train"]
+        self.module.training = self.asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +60,24 @@ class Frozen:
 
     Attributes:
         names: The frozen entries, sorted, as the model spells them.
+        declared: The entries that were frozen at first, those released since included.
+        trained: Those of them that trained before.
     """
 
-    def __init__(self, model: nn.Module, targets: list[Target], held: Held = "eval") -> None:
+    def __init__(
+        self, model: nn.Module, targets: list[Target], held: Held = "eval", trained: frozenset[str] | None = None
+    ) -> None:
         self.model = model
         self._targets = {target.name: target for target in targets}
+        self.declared = self.names
+        # Only what trained before will train again when it is released.
+        training = frozenset(t.name for t in targets if t.kind == "parameter" and t.tensor.requires_grad)
+        self.trained = training if trained is None else trained
         for target in targets:
             if target.kind == "parameter":
                 target.tensor.requires_grad_(False)
                 target.tensor.grad = None
-        self._held: list[tuple[str, nn.Module]] = []
+        self._held: list[tuple[str, list[nn.Module]]] = []
         if held == "eval":
             self._hold()
         self._fingerprints = {name: _Fingerprint.of(target.tensor) for name, target in self._targets.items()}
@@ -69,13 +88,13 @@ class Frozen:
 
     @property
     def held(self) -> tuple[str, ...]:
-        """Paths of the modules that are held in eval mode."""
+        """Paths of the highest modules that are held in eval mode."""
         return tuple(path for path, _ in self._held)
 
     @property
-    def held_modules(self) -> tuple[tuple[str, nn.Module], ...]:
-        """The same with the modules themselves."""
-        return tuple(self._held)
+    def held_modules(self) -> tuple[nn.Module, ...]:
+        """Every module that is held, once or more."""
+        return tuple(module for _, modules in self._held for module in modules)
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -89,11 +108,14 @@ class Frozen:
         Raises:
             FrozenChangedError: A tensor moved, was replaced, or is trainable again.
         """
+        live = Live(self.model)
         moved: list[tuple[str, str]] = []
         for name, target in self._targets.items():
-            tensor = _live(target)
+            tensor = live.tensor(target)
             if tensor is None:
-                moved.append((name, "is no longer in its module"))
+                moved.append((name, "is no longer part of the model"))
+            elif target.kind == "parameter" and tensor is not target.tensor:
+                moved.append((name, "was replaced by another parameter"))
             elif tensor.requires_grad and target.kind == "parameter":
                 moved.append((name, "has requires_grad=True again"))
             elif not self._equal(tensor, name, sampled):
@@ -108,8 +130,9 @@ class Frozen:
 
     def rebase(self, *, all_values: bool) -> None:
         """Take the present values as the frozen ones: all (a resume put the run's own there), or where the dtype changed."""
+        live = Live(self.model)
         for name, target in self._targets.items():
-            tensor = _live(target)
+            tensor = live.tensor(target)
             if tensor is not None and (all_values or tensor.dtype != self._fingerprints[name].dtype):
                 self._fingerprints[name] = _Fingerprint.of(tensor)
 
@@ -135,11 +158,9 @@ class Frozen:
         for name in released:
             target = self._targets.pop(name)
             self._fingerprints.pop(name)
-            if target.kind == "parameter":
-                tensor = _live(target)
-                if tensor is not None:
-                    tensor.requires_grad_(True)
-                    parameters.append(tensor)
+            if name in self.trained:
+                target.tensor.requires_grad_(True)
+                parameters.append(target.tensor)
         self._hold()
         if optimizer is not None:
             known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -155,26 +176,40 @@ class Frozen:
     def _hold(self) -> None:
         """Hold each maximal subtree that is frozen as a whole, and each module with frozen statistics, in eval."""
         wanted = _to_hold(self.model, {(id(t.owner), t.leaf) for t in self._targets.values()})
-        ids = {id(module) for _, module in wanted}
-        training = self.model.training or any(module is self.model for _, module in self._held)
-        for _, module in self._held:
-            if id(module) not in ids and isinstance(module.__dict__.get("train"), HeldInEval):
-                del module.__dict__["train"]
-                module.train(training)
-        for _, module in wanted:
-            module.__dict__["train"] = HeldInEval(module)
-            module.eval()
+        keep = {id(module) for _, modules in wanted for module in modules}
+        for _, modules in self._held:
+            for module in modules:
+                if id(module) not in keep and isinstance(module.__dict__.get("train"), HeldInEval):
+                    module.__dict__["train"].release()
+        for _, modules in wanted:
+            for module in modules:
+                if not isinstance(module.__dict__.get("train"), HeldInEval):
+                    module.__dict__["train"] = HeldInEval(module)
         self._held = wanted
 
 
-def freeze_entries(model: nn.Module, names: Iterable[str], targets: Targets, held: Held = "eval") -> Frozen:
-    """Freeze entries by name; a BatchNorm's counter goes with its statistics."""
+def freeze_entries(
+    model: nn.Module,
+    names: Iterable[str],
+    targets: Targets,
+    held: Held = "eval",
+    trained: frozenset[str] | None = None,
+) -> Frozen:
+    """Freeze entries by name; a BatchNorm's counter goes with its statistics.
+
+    Args:
+        model: The model.
+        names: The entries, as the model spells them.
+        targets: The model's entries.
+        held: `"eval"` holds modules that are frozen as a whole in eval mode.
+        trained: The entries that train again when released; None: those that train now.
+    """
     chosen = {name: targets.entries[name] for name in names}
     owners = {id(t.owner) for t in chosen.values() if t.leaf in _STATISTICS}
     for name, target in targets.entries.items():
         if target.leaf == "num_batches_tracked" and id(target.owner) in owners:
             chosen.setdefault(name, target)
-    return Frozen(model, list(chosen.values()), held)
+    return Frozen(model, list(chosen.values()), held, trained)
 
 
 def freeze_patterns(model: nn.Module, patterns: Patterns, held: Held = "eval") -> Frozen:
@@ -192,15 +227,9 @@ def freeze_patterns(model: nn.Module, patterns: Patterns, held: Held = "eval") -
     return freeze_entries(model, names, targets, held)
 
 
-def _live(target: Target) -> Tensor | None:
-    """The tensor that now stands where the target stood; casts replace a module's buffers by new ones."""
-    members: dict[str, Any] = target.owner._parameters if target.kind == "parameter" else target.owner._buffers
-    tensor = members.get(target.leaf)
-    return tensor if isinstance(tensor, Tensor) else None
-
-
-def _to_hold(model: nn.Module, frozen: set[tuple[int, str]]) -> list[tuple[str, nn.Module]]:
-    found: list[tuple[str, nn.Module]] = []
+def _to_hold(model: nn.Module, frozen: set[tuple[int, str]]) -> list[tuple[str, list[nn.Module]]]:
+    """Path of each subtree to hold, and its modules: each by itself, since a loop over modules() asks each by itself."""
+    found: list[tuple[str, list[nn.Module]]] = []
 
     def visit(path: str, module: nn.Module) -> None:
         entries = [
@@ -210,10 +239,10 @@ def _to_hold(model: nn.Module, frozen: set[tuple[int, str]]) -> list[tuple[str, 
             if tensor is not None and leaf not in owner._non_persistent_buffers_set
         ]
         if entries and all(entry in frozen for entry in entries):
-            found.append((path, module))
+            found.append((path, list(module.modules())))
             return
         if any((id(module), leaf) in frozen for leaf in _STATISTICS):
-            found.append((path, module))
+            found.append((path, [module]))
         for leaf, child in module.named_children():
             visit(f"{path}.{leaf}" if path else leaf, child)
 

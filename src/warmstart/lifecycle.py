@@ -5,10 +5,14 @@ Hosts say *when*; nothing here knows a host.
 
 from __future__ import annotations
 
+import glob
+import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,14 +20,37 @@ from warmstart import api
 from warmstart.checkpoints.places import is_gone
 from warmstart.errors import CheckpointError, FrozenChangedError, MappingError, TimingError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
-from warmstart.loading.verifying import raise_differences
+from warmstart.loading.verifying import raise_differences, structure
 from warmstart.mapping.grouping import listed
+from warmstart.mapping.names import strip
 from warmstart.mapping.plan import Plan, Verify
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.mapping.targets import Targets
+from warmstart.mapping.targets import Live, Targets
 from warmstart.report import Report
 
 OnFreezeChange = Literal["error", "allow"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """What is remembered of a model that was loaded; it keeps neither the model nor a source alive."""
+
+    owners: weakref.WeakSet[nn.Module]
+    count: int
+    frozen: tuple[str, ...]
+    trained: frozenset[str]
+    lineage: dict[str, Any]
+
+    @classmethod
+    def of(cls, report: Report) -> _Past:
+        plan, frozen = report.plan, report.frozen
+        owners = weakref.WeakSet(plan.targets.entries[a.target].owner for a in plan.assignments)
+        names, trained = (frozen.declared, frozen.trained) if frozen else ((), frozenset())
+        return cls(owners, len(owners), names, trained, report.lineage)
+
+
+# Once for each model object, whichever callback asks: a host may copy its callbacks or make new ones for every fit.
+_LOADED: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Past]] = weakref.WeakKeyDictionary()
 
 
 class Lifecycle:
@@ -31,7 +58,7 @@ class Lifecycle:
 
     Attributes:
         parts: The sources.
-        report: What was loaded into the present model; None before, and where a resume made the source superfluous.
+        report: What was loaded into the present model; None before, and where this run did not load it.
         restored: The state of the run that was resumed, as `state()` gave it; None otherwise.
         frozen: What is frozen in the present model, or None.
     """
@@ -61,24 +88,47 @@ class Lifecycle:
     def _reset(self) -> None:
         self.report: Report | None = None
         self.frozen: Frozen | None = None
+        self._model: weakref.ref[nn.Module] | None = None
+        self._past: _Past | None = None
         self._gone: CheckpointError | None = None
         self._lacking: tuple[str, ...] | None = None
         self._hook: RemovableHandle | None = None
-        self._failed = False
-        self._started = False
-        self._done: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._trained = False
 
     def __getstate__(self) -> dict[str, Any]:
         """The configuration alone: what a run made of it belongs to its process and its model."""
-        runtime = ("report", "frozen", "_gone", "_lacking", "_hook", "_failed", "_started", "_done")
-        return {name: value for name, value in self.__dict__.items() if name not in runtime}
+        kept = ("parts", "verify", "held", "on_freeze_change", "restored")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
 
-    def applied_to(self, model: nn.Module) -> bool:
-        return model in self._done
+    def _identity(self) -> Hashable:
+        """What makes two warm starts the same one: their sources and rules."""
+        sources = [os.fspath(p.source) if isinstance(p.source, str | os.PathLike) else id(p.source) for p in self.parts]
+        return tuple((source, repr(sorted(p.rules().items()))) for source, p in zip(sources, self.parts, strict=True))
+
+    def _known(self, model: nn.Module) -> _Past | None:
+        """What is remembered of `model`, unless it has built the loaded modules anew since.
+
+        Raises:
+            TimingError: It has built a part of them anew: neither loading again nor leaving it would be right.
+        """
+        past = _LOADED.get(model, {}).get(self._identity())
+        if past is None:
+            return None
+        live = Live(model)
+        left = sum(live.has(owner) for owner in list(past.owners))
+        if left == past.count:
+            return past
+        if left == 0:
+            del _LOADED[model][self._identity()]
+            return None
+        raise TimingError(
+            f"{past.count - left} of the {past.count} modules that were loaded have been replaced since, and the others kept; "
+            "build the model anew as a whole, or load the new modules yourself: warmstart.load(model, ..., include=[...])"
+        )
 
     def apply(self, model: nn.Module, beside: Sequence[Lifecycle] = ()) -> None:
         """Load and freeze, once for each model object.
@@ -87,20 +137,17 @@ class Lifecycle:
 
         Args:
             model: The bare model, before its optimizer and its wrapper.
-            beside: Other warm starts of the same run, whose entries this one must not write.
+            beside: Other warm starts of the same run, whose entries this one must not write. Those that have not been
+                applied yet are planned first, so that an error in one of them leaves the model untouched.
 
         Raises:
             WarmStartError: As `warmstart.load`.
         """
-        if self.applied_to(model):
-            if self.report is not None and self.report.plan.model is model:
-                self.report.status = "already-applied"
-            else:  # another model was loaded in between; this one keeps what it has learnt
-                self.report = self.frozen = None
+        past = self._known(model)
+        if past is not None:
+            self._take_up(model, past)
             return
-        done = self._done
         self._reset()
-        self._done = done
         try:
             plan = api.plan(model, self.parts)
         except CheckpointError as error:
@@ -110,12 +157,29 @@ class Lifecycle:
             self._hook = model.register_load_state_dict_post_hook(self._note_restore)  # type: ignore[no-untyped-call]
             self._freeze_without_source(model)
         else:
+            plan.raise_errors()
+            for other in beside:
+                other._rehearse(model)
             _refuse_overlap(plan, beside)
-            self._failed = True  # until it is through: a host must not train on half of a load
             self.report = api.apply(plan, verify=self.verify, held=self.held)
-            self._failed = False
             self.frozen = self.report.frozen
-        self._done.add(model)
+            _LOADED.setdefault(model, {})[self._identity()] = _Past.of(self.report)
+        self._model = weakref.ref(model)
+
+    def _take_up(self, model: nn.Module, past: _Past) -> None:
+        """Go on with a model that was loaded before."""
+        if self.report is not None and self.report.plan.model is model:
+            if self._trained:
+                self.report.status = "already-applied"
+            return
+        self._reset()
+        self._model, self._past, self._trained = weakref.ref(model), past, True
+        if past.frozen:
+            self.frozen = freeze_entries(model, past.frozen, Targets.of(model), self.held, trained=past.trained)
+
+    def _rehearse(self, model: nn.Module) -> None:
+        if self._known(model) is None and not any(is_gone(part.source) for part in self.parts):
+            api.plan(model, self.parts).raise_errors()
 
     def _freeze_without_source(self, model: nn.Module) -> None:
         patterns: list[str] = []
@@ -126,7 +190,8 @@ class Lifecycle:
             self.frozen = freeze_patterns(model, patterns, self.held)
 
     def _note_restore(self, module: nn.Module, incompatible: Any) -> None:
-        self._lacking = tuple(incompatible.missing_keys)
+        lacking = incompatible.missing_keys
+        self._lacking = tuple(n for n in lacking if any(strip(n, part.into) is not None for part in self.parts))
 
     @property
     def waiting(self) -> CheckpointError | None:
@@ -144,14 +209,15 @@ class Lifecycle:
         Raises:
             FrozenChangedError: The resumed run had frozen other entries, and `on_freeze_change` is `"error"`.
         """
+        if self._model is None or self._model() is not model:
+            return
         self.restored = dict(state)
         before = tuple(state.get("frozen", ()))
         if self._gone is not None and self.frozen is None and before:
             targets = Targets.of(model)
-            known = [name for name in before if name in targets.entries]
-            if len(known) == len(before):
-                self.frozen = freeze_entries(model, known, targets, self.held)
-        now = self.frozen.names if self.frozen else ()
+            if all(name in targets.entries for name in before):
+                self.frozen = freeze_entries(model, before, targets, self.held)
+        now = self.frozen.declared if self.frozen else ()
         if set(now) != set(before) and self.on_freeze_change == "error":
             raise FrozenChangedError(
                 f"the run that is resumed had {len(before)} frozen tensors, this one has {len(now)}; its optimizer state "
@@ -159,64 +225,87 @@ class Lifecycle:
                 '  -> give freeze= as it was, or on_freeze_change="allow" if the change is meant',
                 tensors=tuple(sorted(set(now) ^ set(before))),
             )
+        released = [name for name in state.get("released", ()) if self.frozen and name in self.frozen.names]
+        if self.frozen is not None and released:
+            self.frozen.release([glob.escape(name) for name in released])
 
-    def start(self, model: nn.Module, *, resumed: bool) -> bool:
+    def rearm(self) -> None:
+        """A trial run of the host's own (a learning rate finder) is over and has put the weights back: check once more."""
+        if self.report is not None and self.report.status == "applied":
+            self._trained = False
+
+    def start(
+        self, model: nn.Module, *, resumed: bool, optimizers: Sequence[torch.optim.Optimizer] | None = None
+    ) -> bool:
         """The last look before training: values first, then whether a restore explains a difference.
 
         Args:
             model: The model as it will train.
             resumed: Whether the host restored a checkpoint into it since `apply`.
+            optimizers: The optimizers that will train it, if they hold the model's own parameters.
 
         Returns:
-            Whether this was the model's first start, so that there is something new to tell.
+            Whether the model has not trained since it was loaded, so that there is something new to tell.
 
         Raises:
-            TimingError: The model was never loaded.
+            TimingError: The model was never loaded, or its optimizer does not train it.
             CheckpointError: The source is gone and no resume made up for it.
             VerificationError: The model does not hold what was loaded, and no restore explains it.
             FrozenChangedError: A frozen tensor is trainable again or has moved.
         """
-        if not self.applied_to(model) or self._failed:
+        failed = self.report is not None and self.report.status == "failed"
+        if self._model is None or self._model() is not model or failed:
             raise TimingError(
                 "training starts and the pretrained weights were never loaded into this model; see to it that the "
                 "callback is in place when the model is set up, or call warmstart.load(model, ...) yourself"
             )
-        first = not self._started
-        self._started = True
         if self._gone is not None:
-            if self._hook is not None:
-                self._hook.remove()
-                self._hook = None
-            if not resumed or self._lacking is None:
-                raise self._gone
-            if self._lacking:
-                raise CheckpointError(
-                    f"{self._gone}\nThe checkpoint that is resumed cannot stand in for it: it lacks {len(self._lacking)} of "
-                    f"the model's entries\n{listed((name, '') for name in self._lacking)}"
-                )
-            if not self.knows_what_to_freeze:
-                raise CheckpointError(
-                    f"{self._gone}\nA resumed run can do without it only if it is known what to freeze: name it, "
-                    'freeze=["encoder"], or resume from a checkpoint that holds this callback\'s state'
-                )
-        elif self.report is not None and (first or resumed):
-            self._compare(self.report, model, resumed)
+            self._settle_gone(resumed)
+        elif self.report is not None:
+            if resumed or not self._trained:
+                self._compare(self.report, model, resumed)
+            else:
+                raise_differences(structure(self.report.plan, model), "when training starts again")
+            _audit(self.report.plan, model, optimizers)
         if self.frozen is not None:
             # A host may have cast the model since; a restore has put other values there.
             self.frozen.rebase(all_values=resumed)
             self.frozen.check(sampled=True)
-        return first
+        return not self._trained
+
+    def _settle_gone(self, resumed: bool) -> None:
+        assert self._gone is not None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if not resumed or self._lacking is None:
+            raise self._gone
+        if self._lacking:
+            raise CheckpointError(
+                f"{self._gone}\nThe checkpoint that is resumed cannot stand in for it: it lacks {len(self._lacking)} of "
+                f"the model's entries\n{listed((name, '') for name in self._lacking)}"
+            )
+        if not self.knows_what_to_freeze:
+            raise CheckpointError(
+                f"{self._gone}\nA resumed run can do without it only if it is known what to freeze: name it, "
+                'freeze=["encoder"], or resume from a checkpoint that holds this callback\'s state'
+            )
 
     def _compare(self, report: Report, model: nn.Module, resumed: bool) -> None:
         if self.verify == "off":
             report.status = "superseded-by-resume" if resumed else report.status
             return
-        wrong = report.differences(model, self.verify)
+        try:
+            wrong = report.differences(model, self.verify)
+        except CheckpointError:
+            if not resumed:
+                raise
+            report.status = "superseded-by-resume"  # whatever the file was, the run has its own weights
+            return
         if wrong and resumed:
             report.status = "superseded-by-resume"
         elif wrong:
             report.status = "failed"
-            self._failed = True
             raise_differences(wrong, "when training starts")
 
     def check_first_batch(self, model: nn.Module) -> None:
@@ -232,6 +321,7 @@ class Lifecycle:
                 self.report.status = "failed"
                 raise_differences(wrong, "before the first training batch")
         self.guard(full=False)
+        self._trained = True
 
     def guard(self, *, full: bool) -> None:
         """Compare the frozen tensors with their digests, sampled or in full.
@@ -244,16 +334,45 @@ class Lifecycle:
 
     def state(self) -> dict[str, Any]:
         """What a descendant of this run should know, as plain JSON types."""
-        lineage = self.report.lineage if self.report is not None else (self.restored or {}).get("lineage")
-        status = self.report.status if self.report is not None else "superseded-by-resume"
-        if status == "superseded-by-resume" and self.restored:
+        lineage: dict[str, Any] | None = None
+        status = "pending"
+        if self.report is not None:
+            lineage, status = self.report.lineage, self.report.status
+        elif self._past is not None:
+            lineage, status = self._past.lineage, "already-applied"
+        elif self._gone is not None and self.restored is not None:
+            status = "superseded-by-resume"
+        if status == "superseded-by-resume" and self.restored is not None:
             lineage = self.restored.get("lineage", lineage)
-        return {
-            "format": 1,
-            "status": status,
-            "lineage": lineage,
-            "frozen": list(self.frozen.names if self.frozen else ()),
-        }
+        declared = self.frozen.declared if self.frozen else ()
+        frozen = set(self.frozen.names) if self.frozen else set()
+        released = [name for name in declared if name not in frozen]
+        return {"format": 1, "status": status, "lineage": lineage, "frozen": list(declared), "released": released}
+
+
+def _audit(plan: Plan, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
+    """By identity: no optimizer may hold a loaded parameter that the model replaced, or none of what the model trains."""
+    if not optimizers:
+        return
+    live = {id(p) for p in model.parameters()}
+    loaded = {
+        id(t.tensor): a.target for a in plan.assignments if (t := plan.targets.entries[a.target]).kind == "parameter"
+    }
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    for optimizer in optimizers:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        orphans = sorted(loaded[i] for i in held if i in loaded and i not in live)
+        if orphans:
+            raise TimingError(
+                f"the optimizer holds {len(orphans)} loaded parameters that the model has replaced since; they would train "
+                f"and the model would not\n{listed((name, '') for name in orphans)}\n"
+                "  -> replace parameters before configure_optimizers, or write to them in place"
+            )
+        if held and trainable and not held & trainable:
+            raise TimingError(
+                f"{type(optimizer).__name__} holds none of the model's {len(trainable)} trainable parameters; build it from "
+                "the model that trains: torch.optim.AdamW(p for p in self.parameters() if p.requires_grad)"
+            )
 
 
 def _refuse_overlap(plan: Plan, beside: Sequence[Lifecycle]) -> None:

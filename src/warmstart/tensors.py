@@ -13,6 +13,8 @@ _MASK = (1 << 64) - 1
 def as_words(tensor: Tensor) -> Tensor:
     """The tensor's bits as a flat integer tensor, on the CPU (no copy where it already lies there contiguously)."""
     tensor = tensor.detach()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     flat = tensor.resolve_neg().cpu().contiguous().reshape(-1)
@@ -48,6 +50,15 @@ def sample(tensor: Tensor, count: int = 4096) -> Tensor:
     step = flat.numel() / count
     index = (torch.arange(count, dtype=torch.float64) * step).to(torch.int64)
     return flat[index.to(flat.device)]
+
+
+def non_finite(tensor: Tensor) -> Tensor:
+    """Where a floating or complex tensor is NaN or infinite, as booleans; dtypes without kernels of their own included."""
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.float32)
+    elif tensor.dtype == torch.complex32:
+        tensor = tensor.to(torch.complex64)
+    return ~torch.isfinite(tensor)
 
 
 def castable(source: torch.dtype, target: torch.dtype) -> bool:

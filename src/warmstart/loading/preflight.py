@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from warmstart.errors import CheckpointError, MappingError, TimingError
-from warmstart.loading.values import Values, as_planned, duplicates, live_tensor, written
+from warmstart.loading.values import Values, as_planned, duplicates, span, written
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan
-from warmstart.tensors import dtype_name, range_lost, same_bits
+from warmstart.mapping.targets import Live
+from warmstart.tensors import dtype_name, non_finite, range_lost, same_bits
 
 
 def preflight(plan: Plan, values: Values) -> None:
@@ -21,7 +24,7 @@ def preflight(plan: Plan, values: Values) -> None:
     """
     _unchanged(plan)
     _right_file(plan)
-    problems = [*_lost(plan, values), *_two_values(plan, values)]
+    problems = [*_entangled(plan), *_lost(plan, values), *_two_values(plan, values)]
     if problems:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
         head = f"the plan for {plan.model_name} cannot be carried out: {count}, nothing was written"
@@ -32,9 +35,10 @@ def _unchanged(plan: Plan) -> None:
     for part in plan.parts:
         if what := part.checkpoint.changed():
             raise CheckpointError(f"{what}; plan again, with the file at rest")
+    live = Live(plan.model)
     for assignment in plan.assignments:
         target = plan.targets.entries[assignment.target]
-        tensor = live_tensor(target)
+        tensor = live.tensor(target)
         if tensor is None or tensor is not target.tensor or tuple(tensor.shape) != assignment.shape:
             raise TimingError(
                 f"'{assignment.target}' is not the tensor that was planned for; call warmstart.plan(model, ...) again "
@@ -62,6 +66,35 @@ def _right_file(plan: Plan) -> None:
             )
 
 
+def _entangled(plan: Plan) -> list[str]:
+    """Entries that share some of their memory, but not all: writing one would change the other."""
+    storages: dict[int, list[str]] = {}
+    for assignment in written(plan):
+        tensor = plan.targets.entries[assignment.target].tensor
+        if tensor.layout == torch.strided and tensor.numel():
+            storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(assignment.target)
+    shared: list[tuple[str, str]] = []
+    for names in storages.values():
+        tensors = {name: plan.targets.entries[name].tensor for name in names}
+        spans = sorted(span(tensor) for tensor in tensors.values())
+        if all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)):
+            continue
+        # Spans that meet may still interleave, as columns of one matrix do: mark every byte.
+        taken = torch.zeros(next(iter(tensors.values())).untyped_storage().nbytes(), dtype=torch.bool)
+        for name, tensor in tensors.items():
+            size = tensor.element_size()
+            shape = [1 if step == 0 else n for n, step in zip(tensor.shape, tensor.stride(), strict=True)]
+            stride = [step * size for step in tensor.stride()]
+            mine = torch.as_strided(taken, (*shape, size), (*stride, 1), tensor.storage_offset() * size)
+            if bool(mine.any()):
+                shared.append((name, "shares memory with an entry before it"))
+            mine.fill_(True)
+    if not shared:
+        return []
+    message = f"memory: {len(shared)} entries overlap others without being tied to them\n{listed(shared)}\n"
+    return [f'{message}  -> give them memory of their own, or leave them out: exclude=["{printable(shared[0][0])}"]']
+
+
 def _lost(plan: Plan, values: Values) -> list[str]:
     lost: list[tuple[str, str]] = []
     for assignment in written(plan):
@@ -70,10 +103,12 @@ def _lost(plan: Plan, values: Values) -> list[str]:
         source = values.source(assignment)
         cast = as_planned(source, assignment)
         if cast.is_floating_point() or cast.is_complex():
-            count = int((torch.isfinite(source) & ~torch.isfinite(cast)).sum())
+            count = int((non_finite(cast) & ~non_finite(source)).sum())
             what = f"{count} finite values become inf"
         else:
-            count = int((cast.to(torch.int64) != source.to(torch.int64)).sum())
+            # Seen as int64 both have the same bits where only the sign changed its meaning.
+            wrapped = (source.to(torch.int64) < 0) & ((source.dtype == torch.uint64) != (cast.dtype == torch.uint64))
+            count = int(((cast.to(torch.int64) != source.to(torch.int64)) | wrapped).sum())
             what = f"{count} values do not fit"
         if count:
             a, b = map(dtype_name, assignment.cast)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import bisect
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.plan import Plan
-from warmstart.mapping.targets import Target
-from warmstart.tensors import digest
+from warmstart.tensors import digest, same_bits
 
 
 class Values:
@@ -23,13 +23,14 @@ class Values:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._copies: dict[tuple[int, str], Tensor] = {}
-        storages = {_storage(t.tensor) for t in plan.targets.entries.values()}
+        spans = Spans(plan.targets.entries[a.target].tensor for a in written(plan))
         for assignment in written(plan):
             checkpoint = plan.parts[assignment.part].checkpoint
             if checkpoint.files:
                 continue
             tensor = checkpoint.read(assignment.sources[0])
-            if _storage(tensor) in storages:
+            itself = _same_memory(tensor, plan.targets.entries[assignment.target].tensor)
+            if not itself and spans.meet(tensor):
                 self._copies[assignment.part, assignment.sources[0]] = tensor.clone()
 
     def source(self, assignment: Assignment) -> Tensor:
@@ -64,14 +65,6 @@ def as_planned(value: Tensor, assignment: Assignment) -> Tensor:
     return value if assignment.cast is None else value.to(assignment.cast[1])
 
 
-def live_tensor(target: Target) -> Tensor | None:
-    """The tensor that stands now where the target stood when the model was planned."""
-    members: Mapping[str, Tensor | None] = (
-        target.owner._parameters if target.kind == "parameter" else target.owner._buffers
-    )
-    return members.get(target.leaf)
-
-
 class Digests:
     """What an in-memory source gave an entry, kept as checksums: the source itself may train, or be gone, later."""
 
@@ -80,7 +73,8 @@ class Digests:
 
     def keep(self, name: str, value: Tensor) -> None:
         # A host that computes in 16 bits casts what we wrote; the checksum of that cast has to be known by then.
-        narrower = (torch.bfloat16, torch.float16) if value.dtype in (torch.float32, torch.float64) else ()
+        wide = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        narrower = wide[wide.index(value.dtype) + 1 :] if value.dtype in wide[:2] else ()
         self._known[name] = {dtype: digest(value.to(dtype)) for dtype in (value.dtype, *narrower)}
 
     def equal(self, name: str, tensor: Tensor) -> bool:
@@ -90,14 +84,39 @@ class Digests:
         # A cast to a wider type lost nothing: casting back gives what was written.
         written_as = next(iter(known))
         back = tensor.to(written_as)
-        return torch.equal(back.to(tensor.dtype), tensor) and digest(back) == known[written_as]
+        return same_bits(back.to(tensor.dtype), tensor) and digest(back) == known[written_as]
 
     def __contains__(self, name: str) -> bool:
         return name in self._known
 
 
-def _storage(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr() or -1
-    except (RuntimeError, NotImplementedError):
-        return -1
+def span(tensor: Tensor) -> tuple[int, int]:
+    """The bytes from a tensor's first to past its last element."""
+    if not tensor.numel() or tensor.layout != torch.strided or tensor.device.type == "meta":
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+class Spans:
+    """The memory that tensors lie in, merged and sorted, so that a question costs a bisection."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        for start, end in sorted(span(tensor) for tensor in tensors):
+            if self._ends and start <= self._ends[-1]:
+                self._ends[-1] = max(end, self._ends[-1])
+            elif end > start:
+                self._starts.append(start)
+                self._ends.append(end)
+
+    def meet(self, tensor: Tensor) -> bool:
+        start, end = span(tensor)
+        at = bisect.bisect_left(self._starts, end) - 1
+        return at >= 0 and start < self._ends[at] and end > start
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return span(a) == span(b) and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype

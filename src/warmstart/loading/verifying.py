@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from warmstart.errors import VerificationError
-from warmstart.loading.values import Digests, Values, as_planned, live_tensor, written
-from warmstart.mapping.grouping import listed
+from warmstart.errors import CheckpointError, VerificationError
+from warmstart.loading.values import Digests, Values, as_planned, written
+from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan, Verify
-from warmstart.tensors import bits_lost, same_bits, sample
+from warmstart.mapping.targets import Live
+from warmstart.tensors import bits_lost, non_finite, same_bits, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,59 +39,66 @@ def verify_written(plan: Plan, values: Values, verify: Verify) -> list[str]:
     for assignment in written(plan):
         source = values.source(assignment)
         expected = as_planned(source, assignment)
-        if not _same(plan.targets.entries[assignment.target].tensor, expected, verify):
-            wrong.append(Difference(assignment.target, "was written and reads back differently"))
+        canonical = plan.targets.entries[assignment.target].canonical
+        for name in plan.targets.groups.get(canonical, [assignment.target]):
+            if not _same(plan.targets.entries[name].tensor, expected, verify):
+                wrong.append(Difference(name, "was written and reads back differently"))
         if verify == "full" and (expected.is_floating_point() or expected.is_complex()) and _non_finite(expected):
             odd.append(assignment.target)
             if assignment.cast is not None and _non_finite(expected) > _non_finite(source):
                 wrong.append(Difference(assignment.target, "finite values became inf in the model's dtype"))
     raise_differences(wrong, "right after writing")
     if odd:
-        shown = ", ".join(odd[:4]) + (", ..." if len(odd) > 4 else "")
+        shown = ", ".join(map(printable, odd[:4])) + (", ..." if len(odd) > 4 else "")
         return [f"{len(odd)} loaded tensors hold non-finite values: {shown}"]
     return []
 
 
-def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, buffers: bool) -> list[Difference]:
-    """The entries that do not hold their planned value now, in the dtype they have now.
-
-    Entries are found by the module that owns them, not by name: surgery that keeps the modules is healthy, a replaced
-    submodule is not. Ties that were there when the plan was made are checked as well.
-
-    Raises:
-        CheckpointError: A source cannot be read any more.
-    """
-    if verify == "off":
-        return []
-    alive = {id(module) for module in model.modules()}
+def structure(plan: Plan, model: nn.Module) -> list[Difference]:
+    """The entries that are no longer part of the model, or no longer tied as they were; reads no source."""
+    live = Live(model)
     out: list[Difference] = []
     for assignment in plan.assignments:
         target = plan.targets.entries[assignment.target]
-        tensor = live_tensor(target) if id(target.owner) in alive else None
+        tensor = live.tensor(target)
         if tensor is None:
             out.append(Difference(assignment.target, "is no longer part of the model"))
-            continue
-        if target.alias_of is not None:
+        elif target.alias_of is not None:
             first = plan.targets.entries[target.alias_of]
-            if id(first.owner) in alive and target.tensor is first.tensor and live_tensor(first) is not tensor:
+            other = live.tensor(first)
+            if target.tensor is first.tensor and other is not None and other is not tensor:
                 out.append(Difference(assignment.target, f"is no longer tied to {target.alias_of}"))
-    planned = {a.target: a for a in written(plan)}
+    return out
+
+
+def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, buffers: bool) -> list[Difference]:
+    """The entries that do not hold their planned value now, in the dtype they have now, and those of `structure`.
+
+    Raises:
+        CheckpointError: A source changed or is gone, so that there is nothing to compare with.
+    """
+    if verify == "off":
+        return []
+    out = structure(plan, model)
     gone = {difference.name for difference in out}
     for part in plan.parts:
-        if part.checkpoint.files and (what := part.checkpoint.changed()):
-            out.append(Difference(part.checkpoint.location, f"cannot be compared with: {what}"))
-    if any(difference.name not in gone for difference in out):
-        return out
-    for name, assignment in planned.items():
-        if name in gone or (not buffers and plan.targets.entries[name].kind == "buffer"):
+        if what := part.checkpoint.changed():
+            raise CheckpointError(f"{what}; the model's values cannot be compared with it any more: put the file back")
+    live = Live(model)
+    keys = {a.target: a for a in plan.assignments}
+    compared: set[int] = set()
+    for name, assignment in keys.items():
+        target = plan.targets.entries[name]
+        tensor = live.tensor(target)
+        if tensor is None or name in gone or id(tensor) in compared or (not buffers and target.kind == "buffer"):
             continue
-        tensor = live_tensor(plan.targets.entries[name])
-        assert tensor is not None
-        if name in digests:
-            same = digests.equal(name, tensor)
+        compared.add(id(tensor))
+        source = keys[assignment.alias_of] if assignment.alias_of is not None else assignment
+        if source.target in digests or target.canonical in digests:
+            same = digests.equal(source.target if source.target in digests else target.canonical, tensor)
         else:
-            part = plan.parts[assignment.part]
-            expected = as_planned(part.checkpoint.read(assignment.sources[0]), assignment)
+            part = plan.parts[source.part]
+            expected = as_planned(part.checkpoint.read(source.sources[0]), source)
             if bits_lost(expected.dtype, tensor.dtype) and not part.pretrained.allow_narrowing:
                 out.append(Difference(name, f"was cast to {tensor.dtype}, which allow_narrowing=False forbids"))
                 continue
@@ -126,6 +134,6 @@ def _same(tensor: Tensor, expected: Tensor, verify: Verify) -> bool:
 
 def _non_finite(tensor: Tensor) -> int:
     # A finite sum has finite terms; only a sum that is not asks for the count.
-    if torch.isfinite(tensor.sum()):
+    if tensor.dtype.itemsize > 1 and tensor.dtype != torch.complex32 and torch.isfinite(tensor.sum()):
         return 0
-    return int((~torch.isfinite(tensor)).sum())
+    return int(non_finite(tensor).sum())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from warmstart.errors import CheckpointError
+from warmstart.errors import CheckpointError, MappingError
 from warmstart.loading.preflight import preflight
 from warmstart.loading.values import Digests, Values, as_planned, written
 from warmstart.loading.verifying import verify_written
@@ -43,6 +44,8 @@ def write(plan: Plan, verify: Verify) -> Written:
         CheckpointError: A source cannot be read; `.written` names the entries that were written before that.
         VerificationError: The model does not hold what was written.
     """
+    if verify not in ("full", "sample", "off"):
+        raise MappingError(f"verify={verify!r}: one of 'full', 'sample', 'off'")
     plan.raise_errors()
     started = time.perf_counter()
     before = sum(part.checkpoint.bytes_read for part in plan.parts)
@@ -55,7 +58,8 @@ def write(plan: Plan, verify: Verify) -> Written:
             for assignment in written(plan):
                 target = plan.targets.entries[assignment.target]
                 value = as_planned(values.source(assignment), assignment)
-                _place(target.tensor, value)
+                others = plan.targets.groups.get(target.canonical, [])
+                _place(target.tensor, value, [plan.targets.entries[name].tensor for name in others])
                 done.append(assignment.target)
                 if not plan.parts[assignment.part].checkpoint.files:
                     result.digests.keep(assignment.target, value)
@@ -74,11 +78,15 @@ def write(plan: Plan, verify: Verify) -> Written:
     return result
 
 
-def _place(tensor: Tensor, value: Tensor) -> None:
-    """Copy a value of the same shape; the object, its device and its `requires_grad` stay."""
+def _place(tensor: Tensor, value: Tensor, tied: Sequence[Tensor]) -> None:
+    """Copy a value of the same shape; the objects, their device, their tie and their `requires_grad` stay."""
     assert tensor.shape == value.shape
+    stored: Tensor | None = None
     if tensor.dtype != value.dtype:  # dtype="checkpoint": the object stays, its storage is another one
-        tensor.data = torch.empty_like(tensor, dtype=value.dtype)
+        stored = torch.empty_like(tensor, dtype=value.dtype)
     elif any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        tensor.data = tensor.data.contiguous()  # an expanded buffer has fewer elements in memory than in its shape
+        stored = tensor.data.contiguous()  # an expanded buffer has fewer elements in memory than in its shape
+    if stored is not None:
+        for each in (tensor, *tied):
+            each.data = stored
     tensor.copy_(value)

@@ -61,7 +61,9 @@ class Targets:
         transient: Clean names of non-persistent buffers.
         extra_state: Clean names of modules' `_extra_state`.
         wrapper_own: Names that wrapper modules hold themselves (an averaged model's counter).
-        wrapped: Qualified type names of the wrappers met.
+        wrapped: Type names of the wrappers met.
+        clean_paths: Module path as spelled to its clean path.
+        groups: First name to all names, of every tensor that has more than one.
     """
 
     entries: dict[str, Target] = field(default_factory=dict)
@@ -71,6 +73,7 @@ class Targets:
     wrapper_own: set[str] = field(default_factory=set)
     wrapped: set[str] = field(default_factory=set)
     clean_paths: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Targets:
@@ -97,6 +100,8 @@ class Targets:
                     "load into the module inside the wrapper instead"
                 )
             targets.entries[target.name] = target
+            if target.alias_of is not None:
+                targets.groups.setdefault(target.alias_of, [target.alias_of]).append(target.name)
         _refuse_unready(targets)
         return targets
 
@@ -105,17 +110,32 @@ class Targets:
         clean = self.entries[name].clean
         return (name,) if clean == name else (name, clean)
 
-    def groups(self) -> dict[str, list[str]]:
-        """First name to all names of every tensor that has more than one."""
-        out: dict[str, list[str]] = {}
-        for target in self.entries.values():
-            if target.alias_of is not None:
-                out.setdefault(target.alias_of, [target.alias_of]).append(target.name)
-        return out
-
     def clean_segments(self) -> set[str]:
         names = [t.clean for t in self.entries.values()] + [*self.transient, *self.extra_state]
         return {segment for name in names for segment in name.split(".")}
+
+
+class Live:
+    """What a model holds now, to find again what it held when its targets were taken: by identity, never by name.
+
+    A parameter that moved (into a parametrization, into another module) is found by its object. A buffer that a cast
+    replaced is found where it stood. What stood in a module that is no longer in the model is gone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {id(module) for module in model.modules()}
+        self._tensors = {id(t) for t in [*model.parameters(), *model.buffers()]}
+
+    def has(self, module: nn.Module) -> bool:
+        return id(module) in self._modules
+
+    def tensor(self, target: Target) -> Tensor | None:
+        if self.has(target.owner):
+            members = target.owner._parameters if target.kind == "parameter" else target.owner._buffers
+            tensor = members.get(target.leaf)
+            if tensor is not None:
+                return tensor
+        return target.tensor if id(target.tensor) in self._tensors else None
 
 
 def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
