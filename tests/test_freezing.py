@@ -163,3 +163,59 @@ def test_freezing_from_a_report():
     report = warmstart.load(model, Net().head.state_dict(), into="head")
     frozen = warmstart.freeze(model, report)
     assert frozen.names == ("head.bias", "head.weight")
+
+
+def test_a_replaced_module_is_found():
+    model = Net()
+    frozen = warmstart.freeze(model, "encoder")
+    model.encoder = copy.deepcopy(model.encoder)
+    with pytest.raises(FrozenChangedError, match="no longer part of the model"):
+        frozen.check()
+
+
+def test_every_module_of_a_frozen_subtree_is_held_by_itself():
+    model = Net()
+    frozen = warmstart.freeze(model, "encoder")
+    for module in model.modules():
+        module.train()
+    assert not any(module.training for module in model.encoder.modules())
+    model(torch.randn(8, 4))
+    frozen.check()
+
+
+def test_a_train_method_with_more_arguments_is_held_as_well():
+    class Backbone(nn.Sequential):
+        def train(self, mode: bool = True, deep: bool = True) -> nn.Module:
+            return super().train(mode)
+
+    model = nn.ModuleDict({"a": Backbone(nn.Linear(2, 2), nn.Dropout()), "b": nn.Linear(2, 2)})
+    warmstart.freeze(model, "a")
+    model["a"].train(True, deep=False)
+    assert not model["a"].training
+
+
+def test_release_gives_back_the_mode_that_was_asked_for_and_only_what_trained_before():
+    model = Net()
+    model.encoder[0].bias.requires_grad_(False)
+    frozen = warmstart.freeze(model, "encoder")
+    model.eval()
+    frozen.release("encoder.1")
+    assert not model.encoder[1].training
+    model.train()
+    frozen.release("encoder")
+    assert model.encoder[3].training
+    assert model.encoder[1].training
+    assert not model.encoder[0].bias.requires_grad
+    assert model.encoder[0].weight.requires_grad
+
+
+def test_a_report_freezes_the_model_it_is_given():
+    model = Net()
+    report = warmstart.load(model, Net().head.state_dict(), into="head")
+    twin = copy.deepcopy(model)
+    frozen = warmstart.freeze(twin, report)
+    assert not twin.head.weight.requires_grad
+    assert model.head.weight.requires_grad
+    frozen.check()
+    model.half()
+    warmstart.freeze(model, report).check()

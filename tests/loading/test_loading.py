@@ -141,7 +141,7 @@ def test_x_17_overflow_in_a_cast_is_an_error_before_anything_is_written(fingerpr
     model = nn.Linear(2, 2)
     before = fingerprint(model)
     state = {"weight": torch.full((2, 2), 1e300, dtype=torch.float64), "bias": torch.zeros(2, dtype=torch.float64)}
-    with pytest.raises(MappingError, match=r"weight +float64 to float32: 4 finite values become inf"):
+    with pytest.raises(MappingError, match=r"weight +float64 to float32: 4 values are beyond its range"):
         warmstart.load(model, state)
     assert fingerprint(model) == before
     warmstart.load(model, state, dtype="checkpoint")
@@ -324,3 +324,140 @@ def test_field_note_47_several_sources_into_one_model(tmp_path):
     assert same_bits(model.backbone[0].weight.detach(), backbone["0.weight"])
     assert report.frozen is not None
     assert all(name.startswith("backbone.") for name in report.frozen.names)
+
+
+def test_a_submodule_replaced_after_planning_is_refused(fingerprint):
+    model = Net()
+    plan = warmstart.plan(model, other(model))
+    model.head = nn.Linear(4, 10)
+    before = fingerprint(model)
+    with pytest.raises(TimingError, match="call warmstart.plan"):
+        plan.apply()
+    assert fingerprint(model) == before
+
+
+def shared_memory() -> nn.Module:
+    model, values = nn.Module(), torch.zeros(3, 3)
+    model.a, model.b = nn.Parameter(values), nn.Parameter(values)
+    return model
+
+
+def test_entries_that_are_one_memory_stay_so_when_the_dtype_is_the_checkpoint_s():
+    model, value = shared_memory(), torch.randn(3, 3).to(torch.bfloat16)
+    report = warmstart.load(model, {"a": value}, dtype="checkpoint")
+    assert same_bits(model.a.detach(), value)
+    assert model.b.data_ptr() == model.a.data_ptr()
+    report.check(model)
+    model.b = nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(VerificationError, match=r"b +has other values"):
+        report.check(model)
+
+
+def test_entries_that_share_a_part_of_their_memory_are_refused_and_columns_of_one_matrix_are_not(fingerprint):
+    model, flat = nn.Module(), torch.zeros(6)
+    model.a, model.b = nn.Parameter(flat[:4]), nn.Parameter(flat[2:])
+    before = fingerprint(model)
+    with pytest.raises(MappingError, match=r"overlap others without being tied(.|\n)*exclude="):
+        warmstart.load(model, {"a": torch.ones(4), "b": torch.ones(4)})
+    assert fingerprint(model) == before
+    fused = torch.zeros(2, 4)
+    model.a, model.b = nn.Parameter(fused[:, :2]), nn.Parameter(fused[:, 2:])
+    warmstart.load(model, {"a": torch.ones(2, 2), "b": torch.full((2, 2), 2.0)})
+    assert fused.tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex32])
+def test_dtypes_without_kernels_of_their_own(dtype):
+    model, value = nn.Module(), torch.tensor([1.0, 2.0, -0.5, 4.0]).to(dtype)
+    model.register_buffer("a", torch.zeros(4).to(dtype))
+    report = warmstart.load(model, {"a": value})
+    assert same_bits(model.a, value)
+    report.check(model)
+
+
+def test_a_value_that_float8_cannot_hold_is_refused(fingerprint):
+    model = nn.Module()
+    model.register_buffer("a", torch.zeros(2).to(torch.float8_e4m3fn))
+    before = fingerprint(model)
+    with pytest.raises(MappingError, match="1 values are beyond its range"):
+        warmstart.load(model, {"a": torch.tensor([1.0, 1e9])})
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("value", "target"),
+    [
+        (torch.tensor([-1]), torch.uint64),
+        (torch.tensor([2**63 + 5], dtype=torch.uint64), torch.int64),
+        (torch.tensor([-1]), torch.uint8),
+        (torch.tensor([256]), torch.uint8),
+    ],
+)
+def test_integers_that_would_wrap_are_refused(value, target):
+    model = nn.Module()
+    model.register_buffer("a", torch.zeros(1, dtype=target))
+    with pytest.raises(MappingError, match="1 values do not fit"):
+        warmstart.load(model, {"a": value})
+    warmstart.load(model, {"a": torch.tensor([7]).to(value.dtype)})
+    assert model.a.tolist() == [7]
+
+
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize(("written", "later"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_casts_of_the_whole_model_raise_no_false_alarm_nan_included(tmp_path, memory, written, later):
+    model = nn.Linear(3, 3).to(written)
+    state = {"weight": torch.tensor([[1.1, float("nan"), 3.0]] * 3, dtype=written), "bias": torch.randn(3, dtype=written)}
+    torch.save(state, tmp_path / "a.pt")
+    report = warmstart.load(model, state if memory else tmp_path / "a.pt")
+    model.to(later)
+    report.check(model)
+    with torch.no_grad():
+        model.bias[1] += 1
+    with pytest.raises(VerificationError, match="bias"):
+        report.check(model)
+
+
+def test_surgery_that_keeps_the_parameters_is_healthy():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    report = warmstart.load(model, other(model), freeze=["0"])
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    report.check(model)
+    report.frozen.check()
+
+
+def test_a_source_that_is_gone_or_changed_cannot_be_compared_with(tmp_path):
+    path, model = tmp_path / "a.pt", Net()
+    torch.save(other(model), path)
+    report = warmstart.load(model, path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"a\.pt is gone; the model's values cannot be compared"):
+        report.check(model)
+
+
+def test_numpy_views_of_the_model_s_own_memory_are_read_before_they_are_overwritten():
+    flat = np.arange(8, dtype=np.float32)
+    model = nn.Module()
+    model.a, model.b = (nn.Parameter(torch.from_numpy(flat[i : i + 4])) for i in (0, 4))
+    warmstart.load(model, {"a": flat[4:], "b": flat[:4]})
+    assert flat.tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("verify", ["ful", True, None])
+def test_an_unknown_verify_is_refused_before_anything_is_written(fingerprint, verify):
+    model = Net()
+    before = fingerprint(model)
+    with pytest.raises(MappingError, match="one of 'full', 'sample', 'off'"):
+        warmstart.load(model, other(model), verify=verify)
+    assert fingerprint(model) == before
+
+
+def test_the_model_comes_first():
+    with pytest.raises(TypeError, match="the model comes first"):
+        warmstart.load("weights.pt", Net())
+
+
+def test_min_coverage_takes_any_number():
+    assert warmstart.load(Net(), other(Net()), min_coverage=np.float32(0.5)).coverage == 1
+    with pytest.raises(TypeError, match="min_coverage"):
+        warmstart.load(Net(), other(Net()), min_coverage="half")

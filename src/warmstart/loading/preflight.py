@@ -103,8 +103,11 @@ def _lost(plan: Plan, values: Values) -> list[str]:
         source = values.source(assignment)
         cast = as_planned(source, assignment)
         if cast.is_floating_point() or cast.is_complex():
-            count = int((non_finite(cast) & ~non_finite(source)).sum())
-            what = f"{count} finite values become inf"
+            # Some types overflow to inf or NaN, others to their largest value.
+            limit = torch.finfo(cast.dtype).max * (1 + torch.finfo(cast.dtype).eps)
+            beyond = non_finite(cast) | (source.to(torch.complex128 if source.is_complex() else torch.float64).abs() > limit)
+            count = int((beyond & ~non_finite(source)).sum())
+            what = f"{count} values are beyond its range"
         else:
             # Seen as int64 both have the same bits where only the sign changed its meaning.
             wrapped = (source.to(torch.int64) < 0) & ((source.dtype == torch.uint64) != (cast.dtype == torch.uint64))

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, SupportsFloat, TypeAlias, TypedDict
 
 import numpy as np
 from torch import Tensor, nn
@@ -118,6 +118,10 @@ class Pretrained:
         self._set("into", self.into.strip("."))
         if self.dtype not in ("model", "checkpoint"):
             raise MappingError(f'dtype={self.dtype!r}: write dtype="model" or dtype="checkpoint"')
+        if self.min_coverage is not None:
+            if not isinstance(self.min_coverage, SupportsFloat):
+                raise TypeError(f"min_coverage={self.min_coverage!r}: a number between 0 and 1")
+            self._set("min_coverage", float(self.min_coverage))
         if self.min_coverage is not None and not 0 <= self.min_coverage <= 1:
             raise MappingError(f"min_coverage={self.min_coverage}: a share between 0 and 1, such as min_coverage=0.9")
         if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256):
