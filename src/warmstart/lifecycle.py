@@ -94,6 +94,7 @@ class Lifecycle:
         self._lacking: tuple[str, ...] | None = None
         self._hook: RemovableHandle | None = None
         self._trained = False
+        self._released: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """The configuration alone: what a run made of it belongs to its process and its model."""
@@ -225,9 +226,7 @@ class Lifecycle:
                 '  -> give freeze= as it was, or on_freeze_change="allow" if the change is meant',
                 tensors=tuple(sorted(set(now) ^ set(before))),
             )
-        released = [name for name in state.get("released", ()) if self.frozen and name in self.frozen.names]
-        if self.frozen is not None and released:
-            self.frozen.release([glob.escape(name) for name in released])
+        self._released = tuple(state.get("released", ()))
 
     def rearm(self) -> None:
         """A trial run of the host's own (a learning rate finder) is over and has put the weights back: check once more."""
@@ -268,6 +267,9 @@ class Lifecycle:
                 raise_differences(structure(self.report.plan, model), "when training starts again")
             _audit(self.report.plan, model, optimizers)
         if self.frozen is not None:
+            # Not before: the optimizer was made without them, and its state was restored so.
+            if names := [glob.escape(name) for name in self._released if name in self.frozen.names]:
+                self.frozen.release(names)
             # A host may have cast the model since; a restore has put other values there.
             self.frozen.rebase(all_values=resumed)
             self.frozen.check(sampled=True)

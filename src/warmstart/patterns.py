@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from warmstart.errors import MappingError
+
 Patterns = str | Sequence[str]
 
 
@@ -41,14 +43,14 @@ def as_patterns(value: Patterns, *, where: str = "patterns") -> tuple[Pattern, .
 
     Raises:
         TypeError: A value is not a string.
-        ValueError: A pattern is empty.
+        MappingError: A pattern is empty.
     """
     texts = [value] if isinstance(value, str) else list(value)
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"{where}: a pattern is a string such as 'encoder.*', not {text!r}")
         if not text.removeprefix("?"):
-            raise ValueError(f"{where}: an empty pattern matches nothing; leave it out, or write '*' for everything")
+            raise MappingError(f"{where}: an empty pattern matches nothing; leave it out, or write '*' for everything")
     return tuple(Pattern(text) for text in texts)
 
 

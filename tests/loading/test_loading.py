@@ -331,7 +331,7 @@ def test_a_submodule_replaced_after_planning_is_refused(fingerprint):
     plan = warmstart.plan(model, other(model))
     model.head = nn.Linear(4, 10)
     before = fingerprint(model)
-    with pytest.raises(TimingError, match="call warmstart.plan"):
+    with pytest.raises(TimingError, match=r"call warmstart\.plan"):
         plan.apply()
     assert fingerprint(model) == before
 
@@ -407,7 +407,10 @@ def test_integers_that_would_wrap_are_refused(value, target):
 @pytest.mark.parametrize(("written", "later"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
 def test_casts_of_the_whole_model_raise_no_false_alarm_nan_included(tmp_path, memory, written, later):
     model = nn.Linear(3, 3).to(written)
-    state = {"weight": torch.tensor([[1.1, float("nan"), 3.0]] * 3, dtype=written), "bias": torch.randn(3, dtype=written)}
+    state = {
+        "weight": torch.tensor([[1.1, float("nan"), 3.0]] * 3, dtype=written),
+        "bias": torch.randn(3, dtype=written),
+    }
     torch.save(state, tmp_path / "a.pt")
     report = warmstart.load(model, state if memory else tmp_path / "a.pt")
     model.to(later)

@@ -43,7 +43,7 @@ def test_entries_are_the_parameters_and_persistent_buffers_of_the_state_dict():
     assert targets.extra_state == {"_extra_state"}
     assert targets.modules["encoder.1"] is model.encoder[1]
     assert targets.modules[""] is model
-    assert targets.groups() == {}
+    assert targets.groups == {}
     assert targets.clean_segments() == {
         "encoder", "0", "1", "weight", "bias", "running_mean", "running_var", "num_batches_tracked", "head", "scale",
         "table", "position_ids", "_extra_state"}  # fmt: skip
@@ -114,21 +114,21 @@ def tied() -> nn.Module:
 
 def test_ac_4_ties_are_found_by_identity_and_the_first_name_is_the_owner():
     targets = Targets.of(tied())
-    assert targets.groups() == {"emb.weight": ["emb.weight", "head.weight"]}
+    assert targets.groups == {"emb.weight": ["emb.weight", "head.weight"]}
     assert targets.entries["head.weight"].alias_of == "emb.weight"
     assert targets.entries["head.weight"].canonical == targets.entries["emb.weight"].canonical == "emb.weight"
 
 
 def test_ac_4_one_module_twice_is_a_tie_of_each_of_its_tensors():
     linear = nn.Linear(2, 2)
-    assert Targets.of(nn.Sequential(linear, linear)).groups() == {
+    assert Targets.of(nn.Sequential(linear, linear)).groups == {
         "0.weight": ["0.weight", "1.weight"], "0.bias": ["0.bias", "1.bias"]}  # fmt: skip
 
 
 def test_ac_4_two_groups_across_blocks_keep_apart():
     a, b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
     blocks = nn.ModuleDict({name: nn.ModuleDict({"x": a, "y": b}) for name in ("one", "two", "three")})
-    assert Targets.of(blocks).groups() == {
+    assert Targets.of(blocks).groups == {
         "one.x.weight": ["one.x.weight", "two.x.weight", "three.x.weight"],
         "one.y.weight": ["one.y.weight", "two.y.weight", "three.y.weight"],
     }
@@ -141,15 +141,15 @@ def test_equal_values_slices_and_views_of_other_shapes_are_no_ties():
     model.register_buffer("rows", base[:2])
     model.register_buffer("turned", base.t())
     model.register_buffer("flat", base.view(16))
-    assert Targets.of(model).groups() == {}
+    assert Targets.of(model).groups == {}
     model.register_buffer("whole", base)
-    assert Targets.of(model).groups() == {"a": ["a", "whole"]}
+    assert Targets.of(model).groups == {"a": ["a", "whole"]}
 
 
 def test_empty_tensors_are_not_tied_to_each_other():
     model = nn.Module()
     model.a, model.b = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.zeros(0, 3))
-    assert Targets.of(model).groups() == {}
+    assert Targets.of(model).groups == {}
 
 
 def test_a_module_that_holds_itself_ends():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,6 +20,7 @@ from warmstart import (
     FrozenChangedError,
     MappingError,
     Pretrained,
+    TimingError,
     VerificationError,
 )
 from warmstart_lightning import WarmStart
@@ -430,3 +431,178 @@ def test_fast_dev_run_and_barebones(tmp_path, source):
         module = Module()
         bare.fit(module, data())
         assert equal(module.seen["at_train_start"], weights(source))
+
+
+class Rebuilds(Module):
+    """Makes its encoder anew every time `setup` runs, as many modules do."""
+
+    def setup(self, stage: str) -> None:
+        self.build()
+
+
+def test_layers_that_a_second_fit_makes_anew_are_loaded_and_frozen_anew(tmp_path, source):
+    callback, module = WarmStart(source, into="encoder", freeze=True), Rebuilds("setup")
+    for _ in range(2):
+        trainer(tmp_path, callback).fit(module, data())
+        assert equal(module.seen["at_train_start"], weights(source))
+        assert equal(module.encoder.state_dict(), weights(source))
+        assert module.seen["trainable"] == {"head.weight", "head.bias"}
+        assert callback.report.status == "applied"
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda c: WarmStart(c.pretrained, name="encoder")], ids=["copy", "new"]
+)
+def test_a_copy_of_the_callback_does_not_load_over_trained_weights(tmp_path, source, twin):
+    callback, module = WarmStart(source, into="encoder"), Module()
+    trainer(tmp_path, callback).fit(module, data())
+    trained = copy.deepcopy(module.encoder.state_dict())
+    trainer(tmp_path, twin(callback)).fit(module, data())
+    assert equal(module.seen["at_train_start"], trained)
+
+
+def test_callbacks_made_by_the_module_for_every_fit_load_once(tmp_path, source):
+    class Configures(Module):
+        def configure_callbacks(self):
+            return [WarmStart(source, into="encoder")]
+
+    module = Configures()
+    trainer(tmp_path).fit(module, data())
+    trained = copy.deepcopy(module.encoder.state_dict())
+    trainer(tmp_path).fit(module, data())
+    assert equal(module.seen["at_train_start"], trained)
+
+
+def test_two_models_in_turn_keep_their_freeze_their_lineage_and_their_guard(tmp_path, source):
+    callback, first, second = WarmStart(source, into="encoder", freeze=True), Module(), Module()
+    trainer(tmp_path, callback).fit(first, data())
+    state = callback.state_dict()
+    trainer(tmp_path, callback).fit(second, data())
+    trainer(tmp_path, callback).fit(first, data())
+    again = callback.state_dict()
+    assert again["frozen"] == state["frozen"]
+    assert again["lineage"] == state["lineage"]
+    assert again["status"] == "already-applied"
+
+    def nudge(module):
+        with torch.no_grad():
+            module.encoder[3].weight += 1
+
+    with pytest.raises(FrozenChangedError, match=r"encoder\.3\.weight"):
+        trainer(tmp_path, callback, Overwrite("on_train_batch_end", nudge)).fit(first, data())
+
+
+def test_a_module_replaced_in_training_is_found_at_the_epoch_s_end(tmp_path, source):
+    def replace(module):
+        module.encoder = copy.deepcopy(module.encoder)
+
+    with pytest.raises(FrozenChangedError, match="no longer part of the model"):
+        trainer(tmp_path, WarmStart(source, into="encoder", freeze=True), Overwrite("on_train_batch_end", replace)).fit(
+            Module(), data()
+        )
+
+
+def test_field_note_5_an_optimizer_that_holds_replaced_parameters_is_an_error(tmp_path, source):
+    def orphan(module):
+        for layer in (module.encoder[0], module.encoder[3]):
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+
+    with pytest.raises(TimingError, match=r"the optimizer holds 2 loaded parameters that the model has replaced"):
+        trainer(tmp_path, WarmStart(source, into="encoder"), Overwrite("on_fit_start", orphan)).fit(Module(), data())
+
+
+def test_the_file_may_come_after_a_first_try(tmp_path, source):
+    moved = source.rename(tmp_path / "elsewhere.pt")
+    callback, module = WarmStart(source, into="encoder"), Module()
+    with pytest.raises(CheckpointError, match="no such file"):
+        trainer(tmp_path, callback).fit(module, data())
+    moved.rename(source)
+    trainer(tmp_path, callback).fit(module, data())
+    assert equal(module.seen["at_train_start"], weights(source))
+
+
+def test_a_first_fit_that_failed_leaves_the_checks_armed(tmp_path, source):
+    class FailsOnce(Module):
+        failed = False
+
+        def on_train_start(self) -> None:
+            super().on_train_start()
+            if not self.failed:
+                self.failed = True
+                raise RuntimeError("a first try")
+
+    callback, module = WarmStart(source, into="encoder"), FailsOnce()
+    with pytest.raises(RuntimeError, match="a first try"):
+        trainer(tmp_path, callback).fit(module, data())
+    spoil = Overwrite("on_train_epoch_start", lambda m: m.encoder[0].reset_parameters())
+    with pytest.raises(VerificationError, match="before the first training batch"):
+        trainer(tmp_path, callback, spoil).fit(module, data())
+
+
+def test_a_learning_rate_finder_does_not_use_up_the_checks(tmp_path, source):
+    class Armed(LearningRateFinder):
+        def on_fit_start(self, trainer, pl_module):
+            super().on_fit_start(trainer, pl_module)
+            pl_module.found = True
+
+    finder = Armed(num_training_steps=4, update_attr=True)
+    module = Module(lr=0.01)
+    trainer(tmp_path, WarmStart(source, into="encoder"), finder).fit(module, data())
+    assert equal(module.seen["at_train_start"], weights(source))
+
+    spoil = Overwrite("on_train_start", lambda m: m.encoder[0].reset_parameters() if hasattr(m, "found") else None)
+    with pytest.raises(VerificationError, match=r"encoder\.0"):
+        trainer(tmp_path, WarmStart(source, into="encoder"), finder, spoil).fit(Module(lr=0.01), data())
+
+
+def test_averaging_copies_what_was_loaded_or_is_refused(tmp_path, source):
+    module = InitOnly().setup_seen()
+    averaging = EMAWeightAveraging(update_starting_at_step=1000)
+    with pytest.raises(TimingError, match=r"callbacks=\[WarmStart\(\.\.\.\), averaging\]"):
+        trainer(tmp_path, averaging, WarmStart(source, into="encoder")).fit(module, data())
+    with pytest.raises(TimingError, match=r"make the layers in __init__ or configure_model"):
+        trainer(tmp_path, WarmStart(source, into="encoder"), averaging).fit(Module(), data())
+    module = InitOnly().setup_seen()
+    averaging = EMAWeightAveraging(update_starting_at_step=1000)
+    trainer(tmp_path, WarmStart(source, into="encoder"), averaging).fit(module, data())
+    assert equal(module.encoder.state_dict(), weights(source))  # never updated: the average is the first copy
+
+
+def test_an_error_in_one_of_two_warm_starts_leaves_the_model_untouched(tmp_path, source, fingerprint):
+    module = Module()
+    before = fingerprint(module)
+    wrong = WarmStart({"weight": torch.zeros(3, 3)}, into="head")
+    with pytest.raises(MappingError, match="head"):
+        trainer(tmp_path, WarmStart(source, into="encoder"), wrong).fit(module, data())
+    assert fingerprint(module) == before
+    assert not {"setup", "configure_model"} & module.__dict__.keys()
+
+
+def test_what_was_released_stays_released_on_resume(tmp_path, source):
+    saving = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    callback, first = WarmStart(source, into="encoder", freeze=True), Module()
+    release = Overwrite("on_train_epoch_end", lambda m: callback.report.frozen.release("encoder.3"))
+    run = trainer(tmp_path, callback, release, saving, max_epochs=1, enable_checkpointing=True)
+    run.fit(first, data())
+    again, second = WarmStart(source, into="encoder", freeze=True), Module()
+    trainer(tmp_path, again).fit(second, data(), ckpt_path=tmp_path / "ckpt" / "last.ckpt")
+    assert not any(name.startswith("encoder.3") for name in again.report.frozen.names)
+    assert len(again.report.frozen.names) == 7
+
+
+def test_a_report_that_cannot_be_written_costs_the_file_and_not_the_run(tmp_path, source):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    callback = WarmStart(source, into="encoder")
+    with pytest.warns(UserWarning, match="could not be written"):
+        trainer(tmp_path, callback).fit(Module(), data())
+    assert callback.report.status == "applied"
+
+
+def test_a_method_that_the_user_set_on_the_instance_is_there_afterwards(tmp_path, source):
+    module = InitOnly().setup_seen()
+    calls = []
+    own = lambda stage: calls.append(stage)
+    module.setup = own
+    trainer(tmp_path, WarmStart(source, into="encoder")).fit(module, data())
+    assert calls
+    assert module.__dict__["setup"] is own

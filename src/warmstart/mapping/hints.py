@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Collection
 
 from warmstart.mapping.buckets import Problem
@@ -23,7 +24,7 @@ def report_unused(patterns: PatternSet, names: Collection[str], what: str, error
 
 
 def did_you_mean(text: str, names: Collection[str]) -> str:
-    near = nearest(text, names)
+    near = [glob.escape(name) if name == text else name for name in nearest(text, names)]
     return f"; did you mean {' or '.join(repr(printable(name)) for name in near)}?" if near else ""
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from warmstart.mapping.grouping import printable
+
 # Type of the wrapper -> the child it keeps the wrapped module under. By qualified name along the MRO, so that no engine
 # is imported to ask whether it is in use.
 WRAPPERS: Mapping[str, str] = {
@@ -64,8 +66,8 @@ class Prefix:
         return None if rest is None else join(self.add, rest)
 
     def __str__(self) -> str:
-        parts = [f"strip '{self.strip}'"] if self.strip else []
-        parts += [f"add '{self.add}'"] if self.add else []
+        parts = [f"strip '{printable(self.strip)}'"] if self.strip else []
+        parts += [f"add '{printable(self.add)}'"] if self.add else []
         return " and ".join(parts)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
@@ -89,6 +90,7 @@ def plan_part(number: int, pretrained: Pretrained, checkpoint: Checkpoint, targe
     if leftover and pretrained.strip_prefix is not None:
         out.hint = better_prefix(plain, shapes, pretrained, len(out.assigned))
     _leftovers(leftover, into, scope, targets, out)
+    _note_load_hooks(out, targets)
     check_casts(out, targets, pretrained)
     check_nothing(out, named, shapes)
     if parts > 1:
@@ -208,10 +210,9 @@ def _collision(first: Key, second: Key) -> Problem:
             "keep one of them: select= takes keys as the file spells them"
         )
     else:
-        message = (
-            f"{names} would both become '{printable(first.name)}'; "
-            "make the rule that renames them more exact, or leave one out with select="
-        )
+        inferred = first.name in (first.rewritten, second.rewritten)
+        how = "change the prefix by hand with strip_prefix=" if inferred else "make the rule that renames them more exact"
+        message = f"{names} would both become '{printable(first.name)}'; {how}, or leave one out with select="
     return Problem("collision", message, (first.spelled, second.spelled))
 
 
@@ -222,7 +223,7 @@ def _inferred(named: Shapes, shapes: Shapes, into: str, errors: list[Problem]) -
     if len(pairs) > 1:
         choices = "; ".join(str(pair) for pair in pairs[:_GUESSES]) + ("; ..." if len(pairs) > _GUESSES else "")
         first = [f'into="{join(into, pairs[0].add)}"'] if pairs[0].add else []
-        first += [f'strip_prefix="{pairs[0].strip}"'] if pairs[0].strip else []
+        first += [f'strip_prefix="{printable(pairs[0].strip)}"'] if pairs[0].strip else []
         message = (
             f"{len(pairs)} prefix changes fit equally well ({pairs[0].score} keys each): {choices}\n"
             f"  -> say which one is meant; for the first of them: {', '.join(first)}"
@@ -248,11 +249,32 @@ def _matched(keys: list[Key], local: dict[str, Target], out: PartPlan) -> list[K
         target = local.get(key.name)
         if target is None:
             leftover.append(key)
+        elif target.tensor.layout != torch.strided or target.tensor.is_quantized:
+            what = "quantised" if target.tensor.is_quantized else "sparse"
+            message = f"'{target.name}' is {what} in the model and cannot be written in place; leave it out: "
+            out.errors.append(Problem("dtype", f'{message}exclude=["{target.clean}"]', (target.name,)))
+            out.assigned[target.name] = key.spelled
         elif target.shape == key.shape:
             out.assigned[target.name] = key.spelled
         else:
             out.mismatched[target.name] = Mismatch((key.spelled,), key.shape, target.shape)
     return leftover
+
+
+def _note_load_hooks(out: PartPlan, targets: Targets) -> None:
+    """Say so where a module would change what it is given: its values are written as the file has them."""
+    owners = {type(t.owner).__name__ for name in out.assigned if _has_load_hooks((t := targets.entries[name]).owner)}
+    if owners:
+        out.notes.append(
+            f"{', '.join(sorted(owners))}: own load hooks are not called, the values are written as the checkpoint has them"
+        )
+
+
+def _has_load_hooks(owner: nn.Module) -> bool:
+    # torch's BatchNorm overrides it for its counter alone, which has a rule of its own here.
+    own = type(owner)._load_from_state_dict
+    plain = own in (nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._load_from_state_dict)
+    return not plain or bool(owner._load_state_dict_pre_hooks) or bool(owner._load_state_dict_post_hooks)
 
 
 def _leftovers(keys: list[Key], into: str, scope: list[Target], targets: Targets, out: PartPlan) -> None:

@@ -95,6 +95,9 @@ def _joined(parts: list[PartPlan], targets: Targets, model: nn.Module, applier: 
     coverage = _coverage(in_scope, [a.target for a in assignments], targets)
     errors += _too_little(parts, targets)
     freeze = _to_freeze(parts, assignments, targets, errors)
+    untouched = {name for name in (*missing, *mismatched) if not _migrates(targets.entries[name])}
+    if random := [name for name in freeze if name in untouched]:
+        notes.append(f"{len(random)} entries are frozen as they were initialised, without a value from a checkpoint")
     several = len(parts) > 1
     return Plan(
         parts=tuple(part.part for part in parts),

@@ -123,7 +123,7 @@ class Pretrained:
                 raise TypeError(f"min_coverage={self.min_coverage!r}: a number between 0 and 1")
             self._set("min_coverage", float(self.min_coverage))
         if self.min_coverage is not None and not 0 <= self.min_coverage <= 1:
-            raise MappingError(f"min_coverage={self.min_coverage}: a share between 0 and 1, such as min_coverage=0.9")
+            raise MappingError(f"min_coverage={self.min_coverage:g}: a share between 0 and 1, such as min_coverage=0.9")
         if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256):
             raise MappingError(f"sha256={self.sha256!r}: 64 hexadecimal digits, as `sha256sum FILE` prints them")
 
@@ -204,10 +204,7 @@ def _plain_patterns(value: Any, where: str) -> str | list[str]:
     plain = value if isinstance(value, str) else list(value)
     if plain == "":
         return []
-    try:
-        as_patterns(plain, where=where)
-    except ValueError as error:
-        raise MappingError(str(error)) from None
+    as_patterns(plain, where=where)
     return plain
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from warmstart.errors import MappingError
+from warmstart.mapping.grouping import printable
 
 # A match must start and end at a segment boundary: at an end of the key, or with a dot just outside or just inside of it.
 # Written around the rule, so that the regex engine backtracks to a match that fits instead of giving up on its first.
@@ -91,5 +92,5 @@ def _rename(key: str, rules: Sequence[Rename]) -> str:
     name = ".".join(segment for segment in "".join(out).split(".") if segment)
     if not name:
         rules_text = ", ".join(repr(rule.rule) for rule in hit)
-        raise MappingError(f"rename: {rules_text} leaves nothing of the key '{key}'")
+        raise MappingError(f"rename: {rules_text} leaves nothing of the key '{printable(key)}'")
     return name
