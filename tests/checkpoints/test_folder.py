@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,8 +245,8 @@ def test_sharded_diffusion_models(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_npy_files(tmp_path: Path) -> None:
-    arrays = {
-        "scale": np.float32([2.5]),
+    arrays: dict[str, Any] = {
+        "scale": np.array([2.5], dtype=np.float32),
         "encoder.weight": np.arange(6, dtype=np.float64).reshape(2, 3),
         "encoder.layer.0.bias": np.asfortranarray(np.arange(6, dtype=np.int16).reshape(2, 3)),
         "encoder.norm.weight": np.arange(4, dtype=">f4"),
@@ -269,7 +270,7 @@ def test_a_folder_of_npy_files(tmp_path: Path) -> None:
         assert same_bits(checkpoint.read(key).contiguous(), tensor.contiguous())
     assert same_bits(checkpoint.read("encoder.weight", 1), torch.arange(3.0, 6.0, dtype=torch.float64))
 
-    np.save(tmp_path / "scale.npy", np.float32([2.5, 1.0]))
+    np.save(tmp_path / "scale.npy", np.array([2.5, 1.0], dtype=np.float32))
     assert checkpoint.changed() is not None
     with pytest.raises(CheckpointError, match=r"scale.npy: was written to after it was opened; open the folder again"):
         checkpoint.read("scale")

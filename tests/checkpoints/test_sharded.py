@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -258,6 +259,29 @@ def test_a_hostile_index(content: bytes, message: str, tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_bytes(content)
     fails(index, f"{index}: damaged index of shards: ", message, "get the file again from where it came")
+
+
+def test_damaged_indexes_end_in_one_type_of_error(tmp_path: Path) -> None:
+    index = write(tmp_path / "m")
+    whole = index.read_bytes()
+    random = Random(7)
+    opened = 0
+    messages: list[str] = []
+    for _ in range(2000):
+        damaged = bytearray(whole)
+        for _ in range(random.choice((1, 1, 2, 8))):
+            at = random.randrange(len(damaged))
+            damaged[at : at + random.randrange(3)] = random.randbytes(random.randrange(3))
+        index.write_bytes(damaged)
+        try:
+            checkpoint = warmstart.open_checkpoint(index)
+        except CheckpointError as error:
+            messages.append(str(error))
+        else:
+            opened += 1
+            assert set(checkpoint.keys()) <= set(ALL)
+    assert all(str(index.parent) in message for message in messages)
+    assert 0 < opened < 1500
 
 
 def test_an_index_beyond_all_measure(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickletools
 import zipfile
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -186,3 +187,33 @@ def test_a_damaged_program_names_the_record(change: dict[str, bytes | None], tmp
     rewrite(tmp_path / "net.pt", change)
     with pytest.raises(CheckpointError, match=r"'net/data/0'.*get the file again"):
         warmstart.open_checkpoint(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize("part", ["pickle", "code"])
+def test_damaged_programs_end_in_one_type_of_error(part: str, tmp_path: Path) -> None:
+    save(tmp_path / "net.pt")
+    with zipfile.ZipFile(tmp_path / "net.pt") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    code = sorted(name for name in members if name.endswith(".py"))
+    random = Random(7)
+    opened = 0
+    messages: list[str] = []
+    for _ in range(1000):
+        name = "net/data.pkl" if part == "pickle" else random.choice(code)
+        damaged = bytearray(members[name])
+        for _ in range(random.choice((1, 1, 2, 8))):
+            at = random.randrange(len(damaged))
+            damaged[at : at + random.randrange(3)] = random.randbytes(random.randrange(3))
+        with zipfile.ZipFile(tmp_path / "net.pt", "w") as archive:
+            for other, data in {**members, name: bytes(damaged)}.items():
+                archive.writestr(other, data)
+        try:
+            checkpoint = warmstart.open_checkpoint(tmp_path / "net.pt")
+            for key in checkpoint.keys():
+                checkpoint.read(key)
+        except CheckpointError as error:
+            messages.append(str(error))
+        else:
+            opened += 1
+    assert all("net.pt" in message for message in messages)
+    assert 0 < opened <= 1000
