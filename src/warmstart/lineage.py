@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime
 import platform
-import re
 from typing import Any
 
 import torch
 
+from warmstart.locations import public
 from warmstart.mapping.plan import Plan
 
 
@@ -45,13 +45,9 @@ def lineage(plan: Plan, version: str) -> dict[str, Any]:
     }
 
 
-def public(location: str) -> str:
-    """A location without user names, passwords, tokens and query strings."""
-    match = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://(?:[^/@]*@)?([^?#]*)", location)
-    return f"{match[1]}://{match[2]}" if match else location
-
-
-def _iso(mtime_ns: int) -> str:
+def _iso(mtime_ns: int) -> str | None:
+    if not mtime_ns:  # a server that does not say
+        return None
     return datetime.datetime.fromtimestamp(mtime_ns / 1e9, datetime.UTC).isoformat(timespec="seconds")
 
 

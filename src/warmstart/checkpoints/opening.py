@@ -21,8 +21,9 @@ from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile, shown
 from warmstart.checkpoints.memory import open_memory
 from warmstart.checkpoints.numpy_file import MAGIC as NPY_MAGIC
 from warmstart.checkpoints.numpy_file import open_npy, open_npz, read_header
-from warmstart.checkpoints.places import hub_place, record_snapshot
+from warmstart.checkpoints.places import has_scheme, hub_place, record_snapshot
 from warmstart.checkpoints.refusals import refuse_engine_file, refuse_placeholders
+from warmstart.checkpoints.remote import local_path, open_remote
 from warmstart.checkpoints.safetensors_file import open_safetensors
 from warmstart.checkpoints.sharded import INDEX_SUFFIX, MAX_INDEX, open_sharded
 from warmstart.checkpoints.tensorflow import refuse_tensorflow
@@ -65,8 +66,8 @@ def open_checkpoint(
 
     Args:
         source: A path of a file, of an index of shards or of a folder (`~` is expanded); a model of the Hugging Face hub as
-            `org/name`, `org/name@revision` or `hf://org/name[@revision][/path]`; a mapping of tensors or numpy arrays, a
-            module, or a `Checkpoint`. What exists as a path is a path.
+            `org/name`, `org/name@revision` or `hf://org/name[@revision][/path]`; the URL of a file (`https://`, `s3://`, ...);
+            a mapping of tensors or numpy arrays, a module, or a `Checkpoint`. What exists as a path is a path.
         checkpoint_key: The tree to take, where the source holds several: its dotted path, such as `state_dict`;
             "" takes all of them as one.
         revision: The branch, tag or commit of a model of the hub.
@@ -111,6 +112,18 @@ def _open_place(
         return _open_file(_map(path), key, trust)
 
     place = hub_place(source)
+    if place is None and isinstance(source, str) and has_scheme(source):
+        local = local_path(source)
+        if local is None:
+            return open_remote(
+                source,
+                checkpoint_key=key,
+                open_file=open_file,
+                refuse=_refuse_foreign,
+                revision=revision,
+                subfolder=subfolder,
+            )
+        source = local
     path = Path(source).expanduser()
     try:
         if place is not None:
