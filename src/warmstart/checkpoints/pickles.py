@@ -13,6 +13,7 @@ import torch
 from warmstart.checkpoints import opcodes
 from warmstart.checkpoints.leaves import counted, listed
 from warmstart.checkpoints.refs import (
+    ML_DTYPES,
     ArrayRef,
     DtypeRef,
     Inert,
@@ -100,6 +101,8 @@ class Globals:
             value = getattr(torch, name, None) if name.isidentifier() and not name.startswith("_") else None
             if isinstance(value, (torch.dtype, torch.layout)):
                 return TorchConstant(value)
+        if module == "ml_dtypes" and name in ML_DTYPES:
+            return TorchConstant(ML_DTYPES[name])
         if module in {"torch._utils", "torch._tensor"} and name in _UNREADABLE:
             reason = _UNREADABLE[name]
             return Inert(name, lambda *args: Unreadable(reason))
@@ -328,6 +331,9 @@ def _reconstructor(*args: object) -> object:
 
 
 def _dtype(*args: object) -> DtypeRef:
+    # In a pickle, unlike on disk, the types of ml_dtypes are spelled by their class.
+    if args and type(args[0]) is TorchConstant and args[0].value in ML_DTYPES.values():
+        return DtypeRef(str(args[0].value).removeprefix("torch."))
     if not args or type(args[0]) is not str or len(args[0]) > 16:
         raise CheckpointError("a numpy dtype without a plain code")
     return DtypeRef(args[0].lstrip("<>|="))

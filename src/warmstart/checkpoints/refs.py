@@ -284,8 +284,8 @@ ML_DTYPES: Final = {
 
 
 def torch_dtype(code: str) -> torch.dtype | None:
-    """The torch dtype of a numpy type code such as `f4`; None if torch has none."""
-    return NUMPY_DTYPES.get(code)
+    """The torch dtype of a numpy type code such as `f4`, or of a name of ml_dtypes; None if torch has none."""
+    return NUMPY_DTYPES.get(code) or ML_DTYPES.get(code)
 
 
 def why_not(code: str) -> str:
