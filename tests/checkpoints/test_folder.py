@@ -282,6 +282,14 @@ def test_a_folder_with_npy_files_only_in_its_folders(tmp_path: Path) -> None:
     assert warmstart.open_checkpoint(tmp_path).keys() == ("layer.kernel",)
 
 
+def test_arrays_beside_the_checkpoints_of_a_run_are_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "checkpoint-500").mkdir()
+    np.save(tmp_path / "data" / "features.npy", np.ones(3))
+    save_file(A, tmp_path / "checkpoint-500" / "model.safetensors")
+    fails(tmp_path, "holds no weights", 'give the part to take: subfolder="checkpoint-500"')
+
+
 def test_more_npy_files_than_can_be_open_at_once(tmp_path: Path) -> None:
     import resource
 

@@ -103,8 +103,12 @@ def test_field_note_36_without_the_script_the_module_is_named(tmp_path: Path) ->
 
 
 def test_a_file_called_latest_makes_no_deepspeed_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "latest").write_text("whatever")
     save_file(WHOLE, tmp_path / "model.safetensors")
+    for content in (b"whatever", b"../..", b"a\0b", b"\xff"):
+        (tmp_path / "latest").write_bytes(content)
+        assert set(warmstart.open_checkpoint(tmp_path).keys()) == set(WHOLE)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
     assert set(warmstart.open_checkpoint(tmp_path).keys()) == set(WHOLE)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -39,6 +39,7 @@ _WEIGHTS: Final = (
 _BESIDE: Final = re.compile(
     r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args|trainer_state)[\w.-]*", re.IGNORECASE
 )
+MAX_ENTRIES: Final = 200_000
 _SHARD: Final = re.compile(r".*-\d{5}-of-\d{5}\.\w+")
 
 
@@ -111,7 +112,7 @@ def open_folder(path: Path, *, checkpoint_key: str | None, open_file: Callable[[
     files, folders = _entries(path)
     refuse_engine_folder(path, [*files, *folders])
     weights = [name for name in files if _is_weights(name)]
-    if all(name.endswith(".npy") for name in weights) and (weights or _has_npy(path, folders)):
+    if all(name.endswith(".npy") for name in weights) and _holds_only_npy(path):
         return open_npy_folder(path, checkpoint_key=checkpoint_key)
     try:
         choice = choose(files, where=str(path), spell=lambda name: str(path / name))
@@ -178,8 +179,16 @@ def _is_weights(name: str) -> bool:
     return name.lower().endswith((*_WEIGHTS, INDEX_SUFFIX)) and _BESIDE.fullmatch(name) is None
 
 
-def _has_npy(path: Path, folders: Iterable[str]) -> bool:
-    return any(next((path / name).rglob("*.npy"), None) is not None for name in folders)
+def _holds_only_npy(path: Path) -> bool:
+    """Whether a folder and all below it hold `.npy` files and no other weights."""
+    found, seen = False, 0
+    for _, folders, names in os.walk(path):
+        seen += len(folders) + len(names)
+        weights = [name for name in names if _is_weights(name)]
+        if seen > MAX_ENTRIES or not all(name.endswith(".npy") for name in weights):
+            return False
+        found = found or bool(weights)
+    return found
 
 
 def _menu(names: Sequence[str], spell: Callable[[str], str], limit: int = 12) -> str:
@@ -198,7 +207,8 @@ def _what_there_is(names: Sequence[str]) -> str:
 
 def _subfolders(path: Path, folders: Sequence[str]) -> str:
     known = {".metadata", *(name for family in _FAMILIES.values() for name in family)}
-    holding = [name for name in folders if known.intersection(os.listdir(path / name))]
+    holding = [name for name in folders if os.access(path / name, os.R_OK | os.X_OK)]
+    holding = [name for name in holding if known.intersection(os.listdir(path / name))]
     if holding:
         return f'; give the part to take: subfolder="{holding[-1]}" (of {listed(holding, 8)})'
     beside = f"; its folders are {listed(folders, 8)}" if folders else ""

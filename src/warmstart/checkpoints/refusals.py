@@ -29,10 +29,10 @@ def refuse_engine_folder(folder: Path, names: list[str]) -> None:
     if not any(_ZERO_SHARD.fullmatch(name) or _SLICE.fullmatch(name) for name in names):
         # The root of DeepSpeed's checkpoints: a file `latest` that names the newest of its folders.
         latest = folder / "latest"
-        if "latest" not in names or latest.stat().st_size > 4096:
+        if not latest.is_file() or latest.stat().st_size > 4096:
             return
-        tag = folder / latest.read_text("utf-8", "replace").strip()
-        if "zero_to_fp32.py" not in names and not any(tag.glob("*_optim_states.pt")):
+        tag = latest.read_text("utf-8", "replace").strip()
+        if tag not in names or not any((folder / tag).glob("*_optim_states.pt")):
             return
     elif not (folder / "latest").is_file() and (folder.parent / "latest").is_file():
         root = folder.parent
