@@ -122,3 +122,12 @@ def test_x_29_locations_are_shown_without_secrets(location, shown):
 def test_print_plan_shows_the_rows_or_the_errors():
     assert "own init" in str(warmstart.plan(Net(), backbone(), allow_missing="head"))
     assert 'allow_missing=["head"]' in str(warmstart.plan(Net(), backbone()))
+
+
+def test_a_url_s_secrets_are_in_no_text():
+    url = "memory://user:hunter2@bucket/model.pt?token=hunter3"
+    with pytest.raises(warmstart.WarmStartError) as caught:
+        warmstart.load(Net(), url)
+    pretrained = warmstart.Pretrained(url, allow_missing="head")
+    shown = [str(caught.value), repr(pretrained), pretrained.label, pretrained.short_label]
+    assert not any("hunter" in text for text in shown)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
+from warmstart.locations import public
 from warmstart.patterns import Patterns, as_patterns
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor | np.ndarray[Any, Any]] | nn.Module | Checkpoint
@@ -144,7 +145,7 @@ class Pretrained:
             return f"a {type(self.source).__name__} in memory"
         if isinstance(self.source, Mapping):
             return "a state dict in memory"
-        return os.fspath(self.source)
+        return public(os.fspath(self.source))
 
     @property
     def short_label(self) -> str:
