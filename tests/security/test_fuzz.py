@@ -22,6 +22,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import warmstart
 from warmstart.checkpoints import keras_file
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.checkpoints.leaves import MappedFile
@@ -331,7 +332,10 @@ def no_bytes_for_a_chunk() -> bytes:
 
 
 # Files on which something crashed once.
-CORPUS: dict[str, Callable[[], bytes]] = {"a chunk of no bytes": no_bytes_for_a_chunk}
+CORPUS: dict[str, Callable[[], bytes]] = {
+    "a chunk of no bytes": no_bytes_for_a_chunk,
+    "a header of no bytes": lambda: bytes(8) + safetensors_file()[8:],
+}
 
 
 @pytest.mark.parametrize("name", CORPUS)
@@ -360,3 +364,92 @@ def test_every_byte_of_a_structure_may_be_anything(tmp_path: Path) -> None:
         damaged = bytearray(data)
         damaged[position] = rng.randrange(256)
         try_all(bytes(damaged), path)
+
+
+def npz_of(names: list[bytes]) -> bytes:
+    """An archive whose member names are these bytes, whatever they are."""
+    plain = [b"n" * (len(name) - 1) + b"%d" % i for i, name in enumerate(names)]
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name.decode(): np.ones(2) for name in plain})
+    data = buffer.getvalue()
+    for old, new in zip(plain, names, strict=True):
+        data = data.replace(old + b".npy", new + b".npy")
+    return data
+
+
+def header(entries: bytes, body: bytes = bytes(8)) -> bytes:
+    return struct.pack("<Q", len(entries)) + entries + body
+
+
+def test_names_that_are_no_text_are_refused_or_kept_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    assert not try_all(header(b'{"\xff\xfe":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'), path)
+    path.write_bytes(npz_of([b"\xff\xfe\xfd", b"\xc3\x28\x80"]))
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.keys() == ("\udcff\udcfe\udcfd", "\udcc3(\udc80")
+    assert len(checkpoint.header_digest()) == 64
+    assert torch.equal(checkpoint.read("\udcff\udcfe\udcfd"), torch.ones(2, dtype=torch.float64))
+    assert not try_all(npz_of([b"same", b"same"]), path)
+    # A string of Python 2 need not be text in any encoding.
+    raw = pickle.dumps({"\xffw": np.ones(2)}, protocol=2).replace(b"X\x03\0\0\0\xc3\xbfw", b"U\x02\xffw")
+    path.write_bytes(raw)
+    assert open_checkpoint(path).keys() == ("\udcffw",)
+
+
+def test_a_name_of_an_hdf5_file_that_is_no_text(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file[b"\xff\xfe"] = np.ones(2)
+        file["<script>\x1b[31m"] = np.ones(2)
+    assert try_source(tmp_path / "w.h5")
+    assert set(open_checkpoint(tmp_path / "w.h5").keys()) == {"\udcff\udcfe", "<script>\x1b[31m"}
+
+
+@pytest.mark.parametrize(
+    "numbers", [(-1, (2,), (1,)), (0, (-2,), (1,)), (0, (2,), (-1,)), (10**18, (2,), (1,)), (0, (2,), (10**18,))]
+)
+def test_a_tensor_of_a_pickle_that_lies_elsewhere(numbers: tuple[int, ...], tmp_path: Path) -> None:
+    offset, shape, stride = numbers
+
+    class Lying:
+        def __reduce__(self) -> tuple[object, ...]:
+            storage = torch.ones(8).untyped_storage()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+            return torch._utils._rebuild_tensor_v2, (typed, offset, shape, stride, False, OrderedDict())
+
+    for new in (True, False):
+        torch.save({"w": Lying()}, tmp_path / "w", _use_new_zipfile_serialization=new)
+        assert not try_source(tmp_path / "w")
+    assert re.search("negative|beyond|needs", refusal(tmp_path / "w"))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    return str(caught.value)
+
+
+def test_hostile_names_stay_harmless(tmp_path: Path) -> None:
+    names = [
+        "<script>alert(1)</script>",
+        "\x1b[31mred\x1b]0;title\x07",
+        "a" * (1 << 20),
+        "../../etc/passwd",
+        "",
+        ".",
+        "\u202etxt",
+    ]
+    path = tmp_path / "w"
+    for write in (torch.save, safetensors.torch.save_file):
+        write({name: torch.ones(2) for name in names}, path)
+        assert try_source(path)
+        checkpoint = open_checkpoint(path)
+        assert set(checkpoint.keys()) == set(names)
+        # The whole way to a message: every name is unexpected for this model.
+        plan = warmstart.plan(torch.nn.Linear(2, 2), path)
+        for text in (str(plan), str(plan.errors), repr(checkpoint)):
+            assert "\x1b" not in text
+            assert "\u202e" not in text
+            assert len(text) < 20_000

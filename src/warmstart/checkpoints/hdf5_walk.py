@@ -71,25 +71,25 @@ class Walk:
         pending: list[tuple[Any, list[str], frozenset[int]]] = [(root, [], frozenset())]
         while pending:
             group, path, above = pending.pop()
-            if hash(group.id) in above:
+            if hash(group) in above:
                 continue  # a group that holds itself
-            inside = above | {hash(group.id)}
+            inside = above | {hash(group)}
             self.groups.append(path)
             below = []
             for name in group:
-                here = [*path, name]
+                here = [*path, _text(name)]
                 self._count(here)
-                link = group.get(name, getlink=True)
-                if isinstance(link, h5py.SoftLink):
-                    self.links.append([here, "soft", link.path])
-                elif isinstance(link, h5py.ExternalLink):
-                    self.links.append([here, "external", link.filename])
+                kind = group.links.get_info(name).type
+                if kind == h5py.h5l.TYPE_SOFT:
+                    self.links.append([here, "soft", _text(group.links.get_val(name))])
+                elif kind != h5py.h5l.TYPE_HARD:
+                    self.links.append([here, "external", _text(group.links.get_val(name)[0])])
                 else:
-                    found = group[name]
-                    if isinstance(found, h5py.Group):
+                    found = h5py.h5o.open(group, name)
+                    if isinstance(found, h5py.h5g.GroupID):
                         below.append((found, here, inside))
-                    elif isinstance(found, h5py.Dataset):
-                        self.datasets.append(self._dataset(found, here))
+                    elif isinstance(found, h5py.h5d.DatasetID):
+                        self.datasets.append(self._dataset(h5py.Dataset(found), here))
             pending.extend(reversed(below))
 
     def _count(self, path: list[str]) -> None:
@@ -143,6 +143,11 @@ class Walk:
         return stored
 
 
+def _text(name: bytes) -> str:
+    # Names are bytes that need not be text.
+    return name.decode("utf-8", "surrogateescape")
+
+
 def _why_not(kind: Any) -> str | None:
     if isinstance(kind, h5py.h5t.TypeStringID) or (
         isinstance(kind, h5py.h5t.TypeVlenID) and isinstance(kind.get_super(), h5py.h5t.TypeStringID)
@@ -171,7 +176,7 @@ def main(path: str, start: int, size: int) -> None:
     walk = Walk()
     try:
         with h5py.File(Part(path, start, size), "r") as file:
-            walk.walk(file)
+            walk.walk(file.id)
         answer = {"datasets": walk.datasets, "groups": walk.groups, "links": walk.links}
     # The library reports what is wrong with a file by any kind of exception.
     except Exception as error:

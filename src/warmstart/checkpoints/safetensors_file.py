@@ -154,7 +154,8 @@ def _check_places(size: int, where: str, places: list[tuple[int, int, str]], dat
 
 
 def _bytes(source: ByteSource, start: int, stop: int) -> bytes:
-    return bytes(source.take(start, min(stop, source.size), 1).numpy())
+    stop = min(stop, source.size)
+    return bytes(source.take(start, stop, 1).numpy()) if start < stop else b""
 
 
 def _naturals(value: object) -> bool:
