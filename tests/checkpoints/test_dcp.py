@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import warmstart
-from warmstart.checkpoints import boxes
-from warmstart.checkpoints.dcp import open_dcp
+from warmstart.checkpoints.torch_files import boxes
+from warmstart.checkpoints.torch_files.dcp import open_dcp
 from warmstart.errors import CheckpointError
 from warmstart.tensors import same_bits
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from warmstart.checkpoints import hdf5_chunks, keras_file
-from warmstart.checkpoints.keras_file import open_h5
+from warmstart.checkpoints.hdf5 import hdf5_chunks, keras_file
+from warmstart.checkpoints.hdf5.keras_file import open_h5
 from warmstart.checkpoints.leaves import MappedFile
 from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.errors import CheckpointError
@@ -310,7 +310,7 @@ def test_without_h5py_the_line_to_install_it(tmp_path: Path, monkeypatch: pytest
 
 def test_h5py_is_not_imported_here() -> None:
     program = (
-        "import sys, warmstart\nfrom warmstart.checkpoints.keras_file import open_h5\n"
+        "import sys, warmstart\nfrom warmstart.checkpoints.hdf5.keras_file import open_h5\n"
         "print([m for m in ('h5py', 'torch.distributed.checkpoint') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)

@@ -31,8 +31,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
 import warmstart
-from warmstart.checkpoints import caching, fetching, http_transport
 from warmstart.checkpoints.opening import open_checkpoint
+from warmstart.checkpoints.remote import caching, fetching, http_transport
 from warmstart.errors import CheckpointError
 from warmstart.tensors import same_bits
 
@@ -404,7 +404,7 @@ def test_a_second_run_fetches_nothing_again(server: Server, tmp_path: Path) -> N
 
 
 def fetching_head() -> int:
-    from warmstart.checkpoints.remote import HEAD
+    from warmstart.checkpoints.remote.urls import HEAD
 
     return HEAD
 

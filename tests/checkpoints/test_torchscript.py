@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import warmstart
-from warmstart.checkpoints import torchscript
+from warmstart.checkpoints.torch_files import torchscript
 from warmstart.errors import CheckpointError
 from warmstart.tensors import same_bits
 

@@ -23,8 +23,8 @@ import safetensors.torch
 import torch
 
 import warmstart
-from warmstart.checkpoints import keras_file
 from warmstart.checkpoints.base import Checkpoint
+from warmstart.checkpoints.hdf5 import keras_file
 from warmstart.checkpoints.leaves import MappedFile
 from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.checkpoints.windows import Window

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from warmstart.checkpoints import opening, pickles, refs
+from warmstart.checkpoints import opening
 from warmstart.checkpoints.opening import open_checkpoint
+from warmstart.checkpoints.pickled import pickles, refs
 from warmstart.errors import CheckpointError
 from warmstart.tensors import same_bits
 
@@ -209,7 +210,7 @@ def test_tricks_of_single_opcodes(payload: bytes, tmp_path: Path) -> None:
 def test_no_pickle_changes_what_the_next_one_sees(tmp_path: Path) -> None:
     before = {name: dict(vars(module)) for name, module in (("pickles", pickles), ("refs", refs), ("opening", opening))}
     stubs = vars(refs.Stub).copy()
-    for target in (b"cwarmstart.checkpoints.refs\nStub\n", b"cbuiltins\nsetattr\n", ORDERED, REBUILD):
+    for target in (b"cwarmstart.checkpoints.pickled.refs\nStub\n", b"cbuiltins\nsetattr\n", ORDERED, REBUILD):
         for state in (b"}X\x04\0\0\0evilNsb", b"N}X\x04\0\0\0evilNs\x86b"):
             (tmp_path / "w.pkl").write_bytes(dict_of(target + state))
             with pytest.raises(CheckpointError):

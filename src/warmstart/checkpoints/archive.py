@@ -16,6 +16,8 @@ MAX_MEMBERS: Final = 1_000_000
 # Deflate cannot shrink anything by more than this.
 MAX_RATIO: Final = 1040
 
+_STEP: Final = 1 << 20
+
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -82,40 +84,41 @@ def read_directory(file: MappedFile) -> dict[str, Member]:
     return members
 
 
-def inflate(file: MappedFile, member: Member, limit: int | None = None) -> bytearray:
-    """The unpacked bytes of a member, or the first `limit` of them.
+def inflate(file: MappedFile, member: Member, limit: int | None = None, *, start: int = 0) -> bytearray:
+    """The unpacked bytes of a member, from `start` up to `limit`; no more than these is ever held.
 
     Raises:
         CheckpointError: They are damaged, or not as many as the directory says.
     """
     file.check()
-    want = member.size if limit is None else min(limit, member.size)
+    stop = member.size if limit is None else min(limit, member.size)
     if member.method == STORED:
-        return bytearray(file.map[member.start : member.start + want])
+        return bytearray(file.map[member.start + start : member.start + stop])
     if member.method != DEFLATED:
         raise _damaged(
             file, f"member {shown(member.name)} is packed by a method (number {member.method}) not read here"
         )
-    out = bytearray()
-    unpacker = zlib.decompressobj(-15)
-    position, stop = member.start, member.start + member.stored
+    out = bytearray(max(0, stop - start))
+    done, crc, unpacker, pending = 0, 0, zlib.decompressobj(-15), b""
+    position, end = member.start, member.start + member.stored
     try:
-        pending = b""
-        while len(out) < want:
+        while done < stop and not unpacker.eof and (pending or position < end):
             if not pending:
-                if position >= stop:
-                    break
-                pending = file.map[position : min(position + (1 << 20), stop)]
+                pending = file.map[position : min(position + _STEP, end)]
                 position += len(pending)
-            out += unpacker.decompress(pending, want - len(out))
+            part = unpacker.decompress(pending, min(_STEP, stop - done))
             pending = unpacker.unconsumed_tail
-            if unpacker.eof:
-                break
+            crc = zlib.crc32(part, crc)
+            if done + len(part) > start:
+                kept = part[max(0, start - done) :]
+                at = max(0, done - start)
+                out[at : at + len(kept)] = kept
+            done += len(part)
     except zlib.error as error:
         raise _damaged(file, f"member {shown(member.name)} cannot be unpacked ({error})") from error
-    if len(out) != want:
-        raise _damaged(file, f"member {shown(member.name)} unpacks to {len(out):,} bytes, not {want:,}")
-    if limit is None and zlib.crc32(out) != member.crc:
+    if done != stop:
+        raise _damaged(file, f"member {shown(member.name)} unpacks to {done:,} bytes, not {stop:,}")
+    if stop == member.size and crc != member.crc:
         raise _damaged(file, f"member {shown(member.name)} has another checksum than the directory says")
     return out
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from warmstart.checkpoints.base import FileStamp, Index, TensorInfo
 from warmstart.checkpoints.leaves import Leaf, LeafCheckpoint, TensorLeaf, listed, shown
-from warmstart.checkpoints.refs import ML_DTYPES, numpy_code, torch_dtype, why_not
+from warmstart.checkpoints.pickled.refs import ML_DTYPES, numpy_code, torch_dtype, why_not
 from warmstart.checkpoints.trees import take_tree
 from warmstart.errors import CheckpointError
 

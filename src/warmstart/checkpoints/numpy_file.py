@@ -11,13 +11,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from warmstart.checkpoints import pickles
 from warmstart.checkpoints.archive import DEFLATED, STORED, Member, inflate
 from warmstart.checkpoints.base import Index, TensorInfo
-from warmstart.checkpoints.building import build_checkpoint, held_place, is_swapped
 from warmstart.checkpoints.leaves import (
     MAX_DIMS,
-    HeldBytes,
     Leaf,
     LeafCheckpoint,
     MappedFile,
@@ -28,8 +25,10 @@ from warmstart.checkpoints.leaves import (
     shown,
     unfolds_too_far,
 )
-from warmstart.checkpoints.refs import ArrayRef, OrderedDictRef, StorageRef, torch_dtype, why_not
-from warmstart.checkpoints.torch_legacy import storage_from_bytes
+from warmstart.checkpoints.pickled import pickles
+from warmstart.checkpoints.pickled.building import build_checkpoint, held_place, is_swapped
+from warmstart.checkpoints.pickled.refs import ArrayRef, OrderedDictRef, StorageRef, torch_dtype, why_not
+from warmstart.checkpoints.torch_files.torch_legacy import storage_from_bytes
 from warmstart.errors import CheckpointError
 
 MAGIC: Final = b"\x93NUMPY"
@@ -67,11 +66,24 @@ class PackedLeaf:
         return TensorInfo(self.header.shape, self.dtype, self.member.start, 0)
 
     def read(self, index: Index | None) -> Tensor:
-        source = HeldBytes(inflate(self.file, self.member))
-        swapped = is_swapped(self.header.order)
-        return StridedLeaf(source, self.header.length, self.header.shape, self.dtype, self.header.stride, swapped).read(
-            index
-        )
+        source, swapped = _PackedBytes(self.file, self.member), is_swapped(self.header.order)
+        leaf = StridedLeaf(source, self.header.length, self.header.shape, self.dtype, self.header.stride, swapped)
+        return leaf.read(index)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _PackedBytes:
+    """What a compressed member unpacks to; what is not asked for is let go on the way."""
+
+    file: MappedFile
+    member: Member
+
+    @property
+    def size(self) -> int:
+        return self.member.size
+
+    def take(self, start: int, stop: int, alignment: int) -> Tensor:
+        return torch.frombuffer(inflate(self.file, self.member, stop, start=start), dtype=torch.uint8)
 
 
 def open_npy(file: MappedFile, *, checkpoint_key: str | None) -> LeafCheckpoint:

@@ -12,32 +12,32 @@ from torch import Tensor, nn
 
 from warmstart.checkpoints.archive import Member, read_directory
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.dcp import METADATA, open_dcp
-from warmstart.checkpoints.folder import open_folder
-from warmstart.checkpoints.hub import open_hub
-from warmstart.checkpoints.keras_file import KERAS_MEMBER, open_h5, open_keras
-from warmstart.checkpoints.keras_file import MAGIC as H5_MAGIC
+from warmstart.checkpoints.folders.folder import open_folder
+from warmstart.checkpoints.folders.hub import open_hub
+from warmstart.checkpoints.folders.sharded import INDEX_SUFFIX, MAX_INDEX, open_sharded
+from warmstart.checkpoints.hdf5.keras_file import KERAS_MEMBER, open_h5, open_keras
+from warmstart.checkpoints.hdf5.keras_file import MAGIC as H5_MAGIC
 from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile, shown
 from warmstart.checkpoints.memory import open_memory
 from warmstart.checkpoints.numpy_file import MAGIC as NPY_MAGIC
 from warmstart.checkpoints.numpy_file import open_npy, open_npz, read_header
+from warmstart.checkpoints.pickled.trusting import load_trusted
 from warmstart.checkpoints.places import has_scheme, hub_place, record_snapshot
 from warmstart.checkpoints.refusals import refuse_engine_file, refuse_placeholders
-from warmstart.checkpoints.remote import local_path, open_remote
+from warmstart.checkpoints.remote.urls import local_path, open_remote
 from warmstart.checkpoints.safetensors_file import open_safetensors
-from warmstart.checkpoints.sharded import INDEX_SUFFIX, MAX_INDEX, open_sharded
 from warmstart.checkpoints.tensorflow import refuse_tensorflow
-from warmstart.checkpoints.torch_file import find_pickle, open_torch_zip
-from warmstart.checkpoints.torch_legacy import MAGIC as LEGACY_MAGIC
-from warmstart.checkpoints.torch_legacy import (
+from warmstart.checkpoints.torch_files.dcp import METADATA, open_dcp
+from warmstart.checkpoints.torch_files.torch_file import find_pickle, open_torch_zip
+from warmstart.checkpoints.torch_files.torch_legacy import MAGIC as LEGACY_MAGIC
+from warmstart.checkpoints.torch_files.torch_legacy import (
     TAR_MEMBERS,
     open_plain_pickle,
     open_torch_legacy,
     open_torch_tar,
     tar_members,
 )
-from warmstart.checkpoints.torchscript import is_torchscript, open_torchscript
-from warmstart.checkpoints.trusting import load_trusted
+from warmstart.checkpoints.torch_files.torchscript import is_torchscript, open_torchscript
 from warmstart.errors import CheckpointError
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module | Checkpoint

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from warmstart.checkpoints.leaves import shown
-from warmstart.checkpoints.refs import ArrayRef, OrderedDictRef, SetRef, StorageRef, Stub, TensorRef, Unreadable
+from warmstart.checkpoints.pickled.refs import ArrayRef, OrderedDictRef, SetRef, StorageRef, Stub, TensorRef, Unreadable
 from warmstart.errors import CheckpointError
 
 MAX_NODES: Final = 2_000_000

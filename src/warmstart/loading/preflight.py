@@ -105,7 +105,9 @@ def _lost(plan: Plan, values: Values) -> list[str]:
         if cast.is_floating_point() or cast.is_complex():
             # Some types overflow to inf or NaN, others to their largest value.
             limit = torch.finfo(cast.dtype).max * (1 + torch.finfo(cast.dtype).eps)
-            beyond = non_finite(cast) | (source.to(torch.complex128 if source.is_complex() else torch.float64).abs() > limit)
+            beyond = non_finite(cast) | (
+                source.to(torch.complex128 if source.is_complex() else torch.float64).abs() > limit
+            )
             count = int((beyond & ~non_finite(source)).sum())
             what = f"{count} values are beyond its range"
         else:

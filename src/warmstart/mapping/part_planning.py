@@ -211,7 +211,9 @@ def _collision(first: Key, second: Key) -> Problem:
         )
     else:
         inferred = first.name in (first.rewritten, second.rewritten)
-        how = "change the prefix by hand with strip_prefix=" if inferred else "make the rule that renames them more exact"
+        how = (
+            "change the prefix by hand with strip_prefix=" if inferred else "make the rule that renames them more exact"
+        )
         message = f"{names} would both become '{printable(first.name)}'; {how}, or leave one out with select="
     return Problem("collision", message, (first.spelled, second.spelled))
 

@@ -12,11 +12,11 @@ from urllib.parse import unquote
 from torch import Tensor
 
 from warmstart.checkpoints.base import Checkpoint, Index
-from warmstart.checkpoints.fetching import Remote
+from warmstart.checkpoints.folders.sharded import INDEX_SUFFIX, MAX_INDEX, ShardedCheckpoint, read_index
 from warmstart.checkpoints.leaves import Leaf, LeafCheckpoint, counted, listed, shown
+from warmstart.checkpoints.remote.fetching import Remote
+from warmstart.checkpoints.remote.spool import Spool
 from warmstart.checkpoints.safetensors_file import read_layout
-from warmstart.checkpoints.sharded import INDEX_SUFFIX, MAX_INDEX, ShardedCheckpoint, read_index
-from warmstart.checkpoints.spool import Spool
 from warmstart.errors import CheckpointError
 from warmstart.locations import public, sibling
 

@@ -10,9 +10,9 @@ from typing import Final, TypeVar, cast
 
 import torch
 
-from warmstart.checkpoints import opcodes
 from warmstart.checkpoints.leaves import counted, listed
-from warmstart.checkpoints.refs import (
+from warmstart.checkpoints.pickled import opcodes
+from warmstart.checkpoints.pickled.refs import (
     ML_DTYPES,
     ArrayRef,
     DtypeRef,

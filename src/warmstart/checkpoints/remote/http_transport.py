@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from warmstart.checkpoints.transports import (
+from warmstart.checkpoints.remote.transports import (
     ChangedError,
     GoneError,
     RefusedError,

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from warmstart.checkpoints.base import FileStamp
-from warmstart.checkpoints.caching import private_folder, shared_folder
-from warmstart.checkpoints.fetching import Remote
-from warmstart.checkpoints.transports import Seen
+from warmstart.checkpoints.remote.caching import private_folder, shared_folder
+from warmstart.checkpoints.remote.fetching import Remote
+from warmstart.checkpoints.remote.transports import Seen
 from warmstart.errors import CheckpointError
 
 PIECE: Final = 16 << 20

@@ -9,10 +9,10 @@ from types import ModuleType
 from typing import Final
 
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.folder import Choice, choose
+from warmstart.checkpoints.folders.folder import Choice, choose
+from warmstart.checkpoints.folders.sharded import INDEX_SUFFIX, read_index
 from warmstart.checkpoints.leaves import listed, shown
 from warmstart.checkpoints.places import HubPlace, Snapshot, snapshot_of
-from warmstart.checkpoints.sharded import INDEX_SUFFIX, read_index
 from warmstart.errors import CheckpointError
 
 _DEFAULT: Final = "main"

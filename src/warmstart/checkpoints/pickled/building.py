@@ -26,7 +26,7 @@ from warmstart.checkpoints.leaves import (
     shown,
     unfolds_too_far,
 )
-from warmstart.checkpoints.refs import ArrayRef, StorageRef, TensorRef, Unreadable, torch_dtype, why_not
+from warmstart.checkpoints.pickled.refs import ArrayRef, StorageRef, TensorRef, Unreadable, torch_dtype, why_not
 from warmstart.checkpoints.trees import take_tree
 from warmstart.checkpoints.walking import Raw
 from warmstart.errors import CheckpointError

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from warmstart.checkpoints import pickles
 from warmstart.checkpoints.archive import Member, inflate
-from warmstart.checkpoints.building import build_checkpoint
 from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile
-from warmstart.checkpoints.refs import Stub, TensorRef, Unreadable
-from warmstart.checkpoints.torch_file import unpickle
+from warmstart.checkpoints.pickled import pickles
+from warmstart.checkpoints.pickled.building import build_checkpoint
+from warmstart.checkpoints.pickled.refs import Stub, TensorRef, Unreadable
+from warmstart.checkpoints.torch_files.torch_file import unpickle
 from warmstart.checkpoints.walking import MAX_DEPTH, MAX_NODES, type_name
 from warmstart.errors import CheckpointError
 

@@ -6,11 +6,11 @@ import struct
 import sys
 from typing import Final
 
-from warmstart.checkpoints import opcodes, pickles
-from warmstart.checkpoints.building import Place, build_checkpoint
 from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile, counted, shown
-from warmstart.checkpoints.refs import StorageRef, StorageType, TensorRef
-from warmstart.checkpoints.torch_file import storage_maker
+from warmstart.checkpoints.pickled import opcodes, pickles
+from warmstart.checkpoints.pickled.building import Place, build_checkpoint
+from warmstart.checkpoints.pickled.refs import StorageRef, StorageType, TensorRef
+from warmstart.checkpoints.torch_files.torch_file import storage_maker
 from warmstart.errors import CheckpointError
 
 MAGIC: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."

@@ -23,9 +23,7 @@ from torch import Tensor
 from warmstart.checkpoints import jsons
 from warmstart.checkpoints.archive import STORED, Member
 from warmstart.checkpoints.base import TensorInfo
-from warmstart.checkpoints.boxes import PiecedLeaf
-from warmstart.checkpoints.building import is_swapped
-from warmstart.checkpoints.hdf5_chunks import FILTERS, Chunk
+from warmstart.checkpoints.hdf5.hdf5_chunks import FILTERS, Chunk
 from warmstart.checkpoints.leaves import (
     MAX_DIMS,
     OVERLAP_LIMIT,
@@ -38,7 +36,9 @@ from warmstart.checkpoints.leaves import (
     shown,
     unfolds_too_far,
 )
-from warmstart.checkpoints.refs import StorageRef, TensorRef, Unreadable, torch_dtype, why_not
+from warmstart.checkpoints.pickled.building import is_swapped
+from warmstart.checkpoints.pickled.refs import StorageRef, TensorRef, Unreadable, torch_dtype, why_not
+from warmstart.checkpoints.torch_files.boxes import PiecedLeaf
 from warmstart.checkpoints.trees import take_tree
 from warmstart.checkpoints.walking import is_optimizer_name
 from warmstart.checkpoints.windows import Window

@@ -14,11 +14,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from warmstart.checkpoints import pickles
 from warmstart.checkpoints.archive import read_directory
 from warmstart.checkpoints.base import FileStamp, Index, TensorInfo
-from warmstart.checkpoints.boxes import Piece, PiecedLeaf, not_a_tiling
-from warmstart.checkpoints.building import build_checkpoint
 from warmstart.checkpoints.leaves import (
     MAX_DIMS,
     Leaf,
@@ -28,8 +25,11 @@ from warmstart.checkpoints.leaves import (
     shown,
     unfolds_too_far,
 )
-from warmstart.checkpoints.refs import StorageRef, Stub, TensorRef, TorchConstant, Unreadable
-from warmstart.checkpoints.torch_file import find_pickle, unpickle
+from warmstart.checkpoints.pickled import pickles
+from warmstart.checkpoints.pickled.building import build_checkpoint
+from warmstart.checkpoints.pickled.refs import StorageRef, Stub, TensorRef, TorchConstant, Unreadable
+from warmstart.checkpoints.torch_files.boxes import Piece, PiecedLeaf, not_a_tiling
+from warmstart.checkpoints.torch_files.torch_file import find_pickle, unpickle
 from warmstart.checkpoints.trees import take_tree
 from warmstart.checkpoints.walking import is_optimizer_name
 from warmstart.checkpoints.windows import Window

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote
 
-from warmstart.checkpoints.http_transport import HttpTransport
-from warmstart.checkpoints.store_transport import FileSystemTransport
-from warmstart.checkpoints.transports import (
+from warmstart.checkpoints.remote.http_transport import HttpTransport
+from warmstart.checkpoints.remote.store_transport import FileSystemTransport
+from warmstart.checkpoints.remote.transports import (
     ChangedError,
     GoneError,
     RefusedError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from warmstart.checkpoints.transports import GoneError, RefusedError, Seen, Sink, TransientError, nanoseconds
+from warmstart.checkpoints.remote.transports import GoneError, RefusedError, Seen, Sink, TransientError, nanoseconds
 from warmstart.errors import CheckpointError
 from warmstart.locations import scrub
 

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from warmstart.checkpoints import pickles
 from warmstart.checkpoints.archive import STORED, Member, inflate
-from warmstart.checkpoints.building import Place, build_checkpoint
 from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile, shown
-from warmstart.checkpoints.refs import StorageRef, StorageType
+from warmstart.checkpoints.pickled import pickles
+from warmstart.checkpoints.pickled.building import Place, build_checkpoint
+from warmstart.checkpoints.pickled.refs import StorageRef, StorageType
 from warmstart.errors import CheckpointError
 
 MAX_DEFLATED_PICKLE: Final = 64 << 20

@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from warmstart.checkpoints.transports import Seen
+from warmstart.checkpoints.remote.transports import Seen
 from warmstart.errors import CheckpointError
 
 

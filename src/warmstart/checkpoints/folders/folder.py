@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Final
 
 from warmstart.checkpoints.base import Checkpoint
+from warmstart.checkpoints.folders.npy_folder import open_npy_folder
+from warmstart.checkpoints.folders.sharded import INDEX_SUFFIX, read_index
 from warmstart.checkpoints.leaves import counted, listed, shown
-from warmstart.checkpoints.npy_folder import open_npy_folder
 from warmstart.checkpoints.refusals import refuse_engine_folder
-from warmstart.checkpoints.sharded import INDEX_SUFFIX, read_index
 from warmstart.errors import CheckpointError
 
 # What save_pretrained of transformers, diffusers and PEFT writes; the first that is there is preferred.

@@ -1,0 +1,1 @@
+"""Folders, shards and models of the hub."""

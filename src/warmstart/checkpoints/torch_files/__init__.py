@@ -1,0 +1,1 @@
+"""What torch writes: `torch.save` old and new, TorchScript, torch.distributed.checkpoint."""
