@@ -49,6 +49,14 @@ def read_directory(file: MappedFile) -> dict[str, Member]:
     if start + size > file.size:
         raise _damaged(file, f"its directory should end at byte {start + size:,} of {file.size:,}")
     directory = file.map[start : start + size]
+    with file.scattered():
+        members = _members(file, directory, count, start)
+    _check_overlap(file, members)
+    return members
+
+
+def _members(file: MappedFile, directory: bytes, count: int, start: int) -> dict[str, Member]:
+    size = len(directory)
     members: dict[str, Member] = {}
     position = 0
     for _ in range(count):
@@ -80,7 +88,6 @@ def read_directory(file: MappedFile) -> dict[str, Member]:
         if method == DEFLATED and full > stored * MAX_RATIO + 64:
             raise _damaged(file, f"member {shown(name)} cannot hold {full:,} bytes in {stored:,}")
         members[name] = Member(name, method, data, stored, full, crc)
-    _check_overlap(file, members)
     return members
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -75,6 +76,18 @@ class MappedFile:
                 f"{self.path}: had {self.size:,} bytes when it was opened and has {now:,} now; "
                 "something is rewriting it: open it again when that is done"
             )
+
+    @contextmanager
+    def scattered(self) -> Iterator[None]:
+        """While a few bytes here and there are read: reading ahead would fetch most of the file for its headers."""
+        if not hasattr(mmap, "MADV_RANDOM"):
+            yield
+            return
+        self.map.madvise(mmap.MADV_RANDOM)
+        try:
+            yield
+        finally:
+            self.map.madvise(mmap.MADV_NORMAL)
 
     def take(self, start: int, stop: int, alignment: int) -> Tensor:
         self.check()

@@ -93,7 +93,8 @@ def open_npy(file: MappedFile, *, checkpoint_key: str | None) -> LeafCheckpoint:
         CheckpointError: It is truncated, damaged or hostile, or holds anything but numeric arrays.
     """
     where = str(file.path)
-    header = read_header(file.map[: MAX_HEADER + 12], where)
+    with file.scattered():
+        header = read_header(file.map[: MAX_HEADER + 12], where)
     if header.code.startswith("O"):
         return _objects(file, file.map[header.length :], "numpy npy", checkpoint_key, file.path.stem)
     leaf = _mapped(file, header, 0, file.size, where)
@@ -214,7 +215,8 @@ def _limited(file: MappedFile, member: Member) -> bytearray:
 
 
 def _member_header(file: MappedFile, member: Member) -> Header:
-    return read_header(inflate(file, member, MAX_HEADER + 12), f"{file.path}: {shown(member.name)}")
+    with file.scattered():
+        return read_header(inflate(file, member, MAX_HEADER + 12), f"{file.path}: {shown(member.name)}")
 
 
 def _torch_dtype(header: Header, where: str) -> torch.dtype | None:

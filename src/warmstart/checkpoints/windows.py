@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 from torch import Tensor
@@ -24,6 +26,11 @@ class Window(MappedFile):
 
     def check(self) -> None:
         self._file.check()
+
+    @contextmanager
+    def scattered(self) -> Iterator[None]:
+        with self._file.scattered():
+            yield
 
     def take(self, start: int, stop: int, alignment: int) -> Tensor:
         return self._file.take(self._start + start, self._start + stop, alignment)

@@ -75,7 +75,9 @@ def _look(path: Path) -> tuple[FileStamp, TensorInfo]:
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty (0 bytes); copy or download it again")
     file = MappedFile(path)
-    if not file.map[:8].startswith(MAGIC):
+    with file.scattered():
+        magic = file.map[: len(MAGIC)]
+    if magic != MAGIC:
         raise CheckpointError(f"{path}: is named as a numpy file and is none; take it out of the folder")
     checkpoint = open_npy(file, checkpoint_key=None)
     if checkpoint.keys() != (path.stem,) or checkpoint.info(path.stem).file != 0:

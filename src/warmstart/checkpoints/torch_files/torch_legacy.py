@@ -26,7 +26,8 @@ def open_torch_legacy(file: MappedFile, *, checkpoint_key: str | None) -> LeafCh
         CheckpointError: It is truncated, damaged or hostile, or holds no single tree of weights.
     """
     file.check()
-    content, stubbed, places = _read_chain(file.map, file.size, str(file.path))
+    with file.scattered():
+        content, stubbed, places = _read_chain(file.map, file.size, str(file.path))
 
     def place(storage: StorageRef) -> Place:
         return Place(file, *places[storage.key])
