@@ -48,7 +48,8 @@ def test_ti_4_safetensors_come_before_bin_and_strays_are_named(tmp_path: Path) -
         assert same_bits(checkpoint.read(key), tensor)
     assert checkpoint.location == str(tmp_path / "model.safetensors")
     assert checkpoint.notes == (
-        "model.safetensors was taken and pytorch_model.bin beside it was not: they hold the same names",
+        "model.safetensors was taken and pytorch_model.bin beside it was not: they hold the same names and shapes; "
+        "their values were not compared",
         "1 file beside model.safetensors was left aside: 'model.safetensors.notused.bin'",
     )
 

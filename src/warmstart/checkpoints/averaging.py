@@ -32,7 +32,8 @@ class AveragedCheckpoint(Checkpoint):
         first = sources[0]
         names = _short_names([source.location for source in sources])
         self._sources = tuple(sources)
-        shares = [1.0] * len(sources) if weights is None else list(weights)
+        shares = [1.0] * len(sources) if weights is None else [float(weight) for weight in weights]
+        shares = [share / max(shares) for share in shares]  # so that no sum of them overflows
         self._shares = [share / math.fsum(shares) for share in shares]
         if weights is not None:
             names = [f"{name} x {share:.4g}" for name, share in zip(names, self._shares, strict=True)]
@@ -110,12 +111,18 @@ def average(sources: Sequence[Source], weights: Sequence[float] | None = None) -
 
 
 def _check_weights(weights: Sequence[float], count: int) -> None:
+    if not hasattr(weights, "__len__"):
+        raise TypeError(f"average() with weights={weights!r}; give a list with one number for each checkpoint")
     if len(weights) != count:
         raise CheckpointError(
             f"average() of {counted(count, 'checkpoint')} with {counted(len(weights), 'weight')}; give one weight for each"
         )
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight <= 0:
+        try:
+            number = math.nan if isinstance(weight, (bool, str, bytes)) else float(weight)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            number = math.nan
+        if not math.isfinite(number) or number <= 0:
             raise CheckpointError(
                 f"average() with the weight {weight!r}; weights are positive finite numbers: leave out a checkpoint that "
                 "should not count"

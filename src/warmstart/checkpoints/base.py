@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -116,6 +116,11 @@ class Checkpoint(ABC):
 
     def __contains__(self, key: object) -> bool:
         return key in self._infos
+
+    def leave_out(self, keys: Iterable[str]) -> None:
+        """Forget keys: they are neither listed nor read from now on."""
+        for key in keys:
+            del self._infos[key]
 
     def info(self, key: str) -> TensorInfo:
         """Shape, dtype and size in bytes of one tensor.

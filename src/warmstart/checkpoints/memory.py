@@ -42,6 +42,24 @@ class NumpyLeaf:
         return tensor if tensor.dtype == self.dtype else tensor.view(self.dtype)
 
 
+class MemoryCheckpoint(LeafCheckpoint):
+    """Tensors in memory; torch counts what is written to them, numpy does not."""
+
+    def watch(self) -> None:
+        self._counts = {key: _writes(leaf) for key, leaf in self._leaves.items()}
+
+    def changed(self) -> str | None:
+        for key, leaf in self._leaves.items():
+            if _writes(leaf) != self._counts[key]:
+                return f"{self.location}: {shown(key)} was written to after it was opened"
+        return super().changed()
+
+
+def _writes(leaf: Leaf) -> int:
+    tensor = leaf.tensor if isinstance(leaf, TensorLeaf) else None
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
 def open_memory(
     source: Mapping[Any, Any] | nn.Module,
     *,
@@ -81,7 +99,7 @@ def open_memory(
             f"{location}: holds no numeric tensors, only {listed(left_out)}; pass a mapping of tensors"
         )
     left = [f"strings or dates were left out: {listed(left_out)}"] if left_out else []
-    return LeafCheckpoint(
+    held = MemoryCheckpoint(
         leaves,
         location=location,
         format=format,
@@ -90,6 +108,8 @@ def open_memory(
         versions=tree.versions,
         notes=[*notes, *tree.notes, *left],
     )
+    held.watch()
+    return held
 
 
 def check_tensor(tensor: Tensor, where: str) -> None:

@@ -19,6 +19,7 @@ from warmstart.checkpoints.hdf5.keras_file import KERAS_MEMBER, open_h5, open_ke
 from warmstart.checkpoints.hdf5.keras_file import MAGIC as H5_MAGIC
 from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile, shown
 from warmstart.checkpoints.memory import open_memory
+from warmstart.checkpoints.moments import leave_moments
 from warmstart.checkpoints.numpy_file import MAGIC as NPY_MAGIC
 from warmstart.checkpoints.numpy_file import open_npy, open_npz, read_header
 from warmstart.checkpoints.pickled.trusting import load_trusted
@@ -90,9 +91,7 @@ def open_checkpoint(
         return source
     if isinstance(source, (Mapping, nn.Module)):
         _refuse_hub_only(source, revision, subfolder)
-        held = open_memory(source, checkpoint_key=checkpoint_key)
-        refuse_placeholders(held)
-        return held
+        return _checked(open_memory(source, checkpoint_key=checkpoint_key), checkpoint_key)
     if not isinstance(source, (str, os.PathLike)):
         hint = "; pass a mapping: {name: tensor}" if isinstance(source, Tensor) else ""
         raise TypeError(
@@ -101,7 +100,13 @@ def open_checkpoint(
         )
     checkpoint = _open_place(source, checkpoint_key, revision, subfolder, trust_pickle)
     record_snapshot(checkpoint)
+    return _checked(checkpoint, checkpoint_key)
+
+
+def _checked(checkpoint: Checkpoint, key: str | None) -> Checkpoint:
     refuse_placeholders(checkpoint)
+    if key != "":
+        leave_moments(checkpoint)
     return checkpoint
 
 
@@ -111,6 +116,11 @@ def _open_place(
     def open_file(path: Path) -> Checkpoint:
         return _open_file(_map(path), key, trust)
 
+    def look_at(path: Path) -> Checkpoint:
+        return _open_file(_map(path), key, False)
+
+    if not os.fspath(source).strip():
+        raise CheckpointError("the source is empty; give the path of the weights (is a variable of the shell not set?)")
     place = hub_place(source)
     if place is None and isinstance(source, str) and has_scheme(source):
         local = local_path(source)
@@ -130,7 +140,7 @@ def _open_place(
             return open_hub(place.within(revision, subfolder), open_file=open_file)
         _refuse_hub_only(path, revision)
         if path.is_dir():
-            return _open_folder(_below(path, subfolder), key, open_file)
+            return _open_folder(_below(path, subfolder), key, open_file, look_at)
         if subfolder is not None:
             _map(path)
             raise CheckpointError(f"{path}: is a file, which has no subfolder={shown(subfolder)}; leave subfolder out")
@@ -142,11 +152,13 @@ def _open_place(
         ) from error
 
 
-def _open_folder(path: Path, key: str | None, open_file: Callable[[Path], Checkpoint]) -> Checkpoint:
+def _open_folder(
+    path: Path, key: str | None, open_file: Callable[[Path], Checkpoint], look_at: Callable[[Path], Checkpoint]
+) -> Checkpoint:
     if (path / METADATA).is_file():
         return open_dcp(path, checkpoint_key=key)
     refuse_tensorflow(path)
-    return open_folder(path, checkpoint_key=key, open_file=open_file)
+    return open_folder(path, checkpoint_key=key, open_file=open_file, look_at=look_at)
 
 
 def _below(path: Path, subfolder: str | None) -> Path:
@@ -185,7 +197,7 @@ def _map(path: Path) -> MappedFile:
     return MappedFile(path)
 
 
-def _open_file(file: MappedFile, key: str | None, trust: bool) -> Checkpoint:
+def _open_file(file: MappedFile, key: str | None, trust: bool, shard: bool = False) -> Checkpoint:
     head = file.map[:64]
     refuse_engine_file(file.path)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -206,7 +218,11 @@ def _open_file(file: MappedFile, key: str | None, trust: bool) -> Checkpoint:
     if head[8:9] == b"{" and _could_be_safetensors(file, head):
         return open_safetensors(file, checkpoint_key=key)
     if head.lstrip().startswith(b"{") and _is_index(file):
-        return open_sharded(file.path, checkpoint_key=key, open_file=lambda path: _open_file(_map(path), None, trust))
+        if shard:
+            raise CheckpointError(f"{file.path}: an index where a shard should be; name files of weights in the index")
+        return open_sharded(
+            file.path, checkpoint_key=key, open_file=lambda path: _open_file(_map(path), None, trust, shard=True)
+        )
     members = tar_members(file)
     if members is not None:
         if members.keys() >= TAR_MEMBERS:

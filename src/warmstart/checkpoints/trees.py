@@ -249,7 +249,9 @@ def _ways(candidates: list[_Candidate], root: Branch) -> str:
 def _menu(candidates: list[_Candidate]) -> str:
     lines = []
     for candidate in candidates[:MAX_SHOWN]:
-        raws = [raw for _, raw in candidate.items()]
+        # The empty path takes everything as one tree, the other candidates included.
+        whole = _flat(candidate.branch, "", []) if candidate.path == "" else candidate.items()
+        raws = [raw for _, raw in whole]
         elements = sum(math.prod(raw.shape) for raw in raws)
         quoted = shown(candidate.path, 200)[1:-1].replace('"', '\\"')
         lines.append(f'  checkpoint_key="{quoted}"  ({counted(len(raws), "tensor")}, {counted(elements, "element")})')

@@ -98,13 +98,20 @@ def choose(names: Sequence[str], *, where: str, spell: Callable[[str], str]) -> 
     raise CheckpointError(f"{where}: holds no weights: {_what_there_is(names)}")
 
 
-def open_folder(path: Path, *, checkpoint_key: str | None, open_file: Callable[[Path], Checkpoint]) -> Checkpoint:
+def open_folder(
+    path: Path,
+    *,
+    checkpoint_key: str | None,
+    open_file: Callable[[Path], Checkpoint],
+    look_at: Callable[[Path], Checkpoint],
+) -> Checkpoint:
     """Open the model of a folder: of `save_pretrained`, of `.npy` files, or with just one file of weights.
 
     Args:
         path: The folder.
         checkpoint_key: The tree to take, for what holds no files with trees of their own.
         open_file: Opens one file or index of it.
+        look_at: The same for a file that is only compared: never trusted to run code.
 
     Raises:
         CheckpointError: Nothing in it is the model, several files may be, or two formats in it disagree.
@@ -121,7 +128,7 @@ def open_folder(path: Path, *, checkpoint_key: str | None, open_file: Callable[[
             raise
         raise CheckpointError(f"{error}{_subfolders(path, folders)}") from None
     checkpoint = open_file(path / choice.main)
-    notes = [note for name in choice.others for note in _compare(path, choice.main, checkpoint, name, open_file)]
+    notes = [note for name in choice.others for note in _compare(path, choice.main, checkpoint, name, look_at)]
     shards = {name for index in (choice.main, *choice.others) for name in _shards(path / index)}
     strays = [name for name in choice.strays if name not in shards]
     if strays:
@@ -151,7 +158,18 @@ def _compare(
             f"{path}: {main} and {other} are both complete and hold different tensors ({'; '.join(differ)}), so one of them is "
             f"not this model; say which one to take, with one of:\n{_menu([main, other], lambda name: str(path / name))}"
         )
-    return [f"{main} was taken and {other} beside it was not: they hold the same names"]
+    common = ours & theirs
+    reshaped = sorted(key for key in common if checkpoint.info(key).shape != rival.info(key).shape)
+    if reshaped:
+        key = reshaped[0]
+        raise CheckpointError(
+            f"{path}: {main} and {other} are both complete and {counted(len(reshaped), 'tensor')} differ in shape "
+            f"({shown(key)} is {checkpoint.info(key).shape} and {rival.info(key).shape}), so one of them is not this model; "
+            f"say which one to take, with one of:\n{_menu([main, other], lambda name: str(path / name))}"
+        )
+    same = all(checkpoint.info(key).dtype == rival.info(key).dtype for key in common)
+    what = "the same names and shapes" if same else "the same names and shapes in another dtype"
+    return [f"{main} was taken and {other} beside it was not: they hold {what}; their values were not compared"]
 
 
 def _place(checkpoint: Checkpoint, key: str) -> tuple[int, int, tuple[int, ...]]:
