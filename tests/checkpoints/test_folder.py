@@ -47,9 +47,9 @@ def test_ti_4_safetensors_come_before_bin_and_strays_are_named(tmp_path: Path) -
     for key, tensor in A.items():
         assert same_bits(checkpoint.read(key), tensor)
     assert checkpoint.location == str(tmp_path / "model.safetensors")
+    taken = "model.safetensors was taken and pytorch_model.bin beside it was not: they hold the same names and shapes"
     assert checkpoint.notes == (
-        "model.safetensors was taken and pytorch_model.bin beside it was not: they hold the same names and shapes; "
-        "their values were not compared",
+        f"{taken}; their values were not compared",
         "1 file beside model.safetensors was left aside: 'model.safetensors.notused.bin'",
     )
 
