@@ -31,9 +31,11 @@ def main(rank: int, folder: Path) -> None:
     weights, moments = get_state_dict(net, optimizer)
     dcp.save({"model": weights, "optim": moments, "step": 3}, checkpoint_id=folder / "nested")
     dcp.save(weights, checkpoint_id=folder / "plain")
+    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     main(int(sys.argv[1]), Path(sys.argv[2]))
+    os._exit(0)  # gloo's threads abort an interpreter that ends by itself, about one in eight
