@@ -1,0 +1,1 @@
+"""Conversions: many tensors to many, by name templates and a list of invertible ops."""
