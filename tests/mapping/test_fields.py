@@ -261,14 +261,14 @@ def test_ones_and_filled_entries_are_frozen_with_what_was_loaded():
 
 def test_suffixes_are_opt_in_and_ties_name_their_rivals():
     model = nn.ModuleDict({"block1": nn.ModuleDict({"layer1": nn.Linear(2, 3)}), "layer2": nn.Linear(3, 2)})
-    state = {"x.layer1.weight": torch.ones(3, 2), "x.layer1.bias": torch.ones(3), "y.layer2.weight": torch.ones(2, 3), "y.layer2.bias": torch.ones(2)}
+    state = {"layer1.weight": torch.ones(3, 2), "layer1.bias": torch.ones(3), "y.layer2.weight": torch.ones(2, 3), "y.layer2.bias": torch.ones(2)}
     assert warmstart.plan(model, state).errors
     report = warmstart.load(model, state, match="suffix")
-    assert report.mapping["block1.layer1.weight"] == ("x.layer1.weight",) and (model["layer2"].bias == 1).all()
+    assert report.mapping["block1.layer1.weight"] == ("layer1.weight",) and (model["layer2"].bias == 1).all()
     two = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
-    plan = warmstart.plan(two, {"c.weight": torch.ones(2, 2), "c.bias": torch.ones(2)}, match="suffix", allow_missing="*")
+    plan = warmstart.plan(two, {"weight": torch.ones(2, 2), "bias": torch.ones(2)}, match="suffix", allow_missing="*")
     assert "ambiguous" in kinds(plan)
-    assert all(name in plan.explain() for name in ("'c.weight'", "'a.weight'", "'b.weight'"))
+    assert all(name in plan.explain() for name in ("'weight'", "'a.weight'", "'b.weight'"))
 
 
 # ---- several sources ----

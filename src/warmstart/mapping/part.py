@@ -18,6 +18,8 @@ class PartPlan:
         assigned: Entry to the key that gives it its value.
         adapters: Entry to the adapter that brings its value into shape.
         filled: Entry to the constant it gets.
+        excused: Entries without a key that their module does not miss.
+        reshaped: Entries that take the shape of what they get, as their module's own loading has it.
         mismatched: Entries whose key has another shape.
         unexpected: Keys that fit nothing, as the file spells them.
         ignored: Keys left out on purpose, as the file spells them.
@@ -30,6 +32,8 @@ class PartPlan:
     assigned: dict[str, Key] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     filled: dict[str, float] = field(default_factory=dict)
+    excused: set[str] = field(default_factory=set)
+    reshaped: set[str] = field(default_factory=set)
     mismatched: dict[str, Mismatch] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)

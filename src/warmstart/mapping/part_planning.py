@@ -110,9 +110,8 @@ def _converted(keys: list[Key], pretrained: Pretrained, out: PartPlan) -> list[K
     if not pretrained.conversions:
         return keys
     converting = convert(keys, pretrained.conversions)
-    for kind, message, names in converting.errors:
-        out.problem(kind, message, names)
-        out.reported.update(names)
+    out.errors += converting.errors
+    out.reported.update(key.spelled for key in converting.failed)
     out.unexpected += [key.spelled for key in converting.displaced]
     return without_collisions(converting.keys, out)
 
@@ -172,11 +171,12 @@ def _by_their_modules(keys: list[Key], scope: Scope, targets: Targets, out: Part
         local = path if not scope.into else "" if path == scope.into else strip(path, scope.into)
         if local is not None:
             modules[local] = module
-    honoured = honour(keys, modules, out.part.checkpoint.versions)
+    honoured = honour(keys, modules, out.part.checkpoint.versions, scope.into)
     out.notes += honoured.notes
     out.ignored += honoured.ignored
-    for message, names in honoured.errors:
-        out.problem("conversion", message, names)
+    out.errors += honoured.errors
+    out.excused = {scope.entries[name].name for name in honoured.excused if name in scope.entries}
+    out.reshaped = {scope.entries[name].name for name in honoured.shapes if name in scope.entries}
     return without_collisions(honoured.keys, out)
 
 
@@ -263,7 +263,7 @@ def _matched(keys: list[Key], scope: Scope, out: PartPlan) -> list[Key]:
                 out.reported.add(target.name)
             else:
                 out.assigned[target.name] = key
-        elif target.lazy or target.shape == key.shape:
+        elif target.lazy or target.shape == key.shape or target.name in out.reshaped:
             out.assigned[target.name] = key
         else:
             out.mismatched[target.name] = Mismatch(key.sources, key.shape, target.shape)

@@ -129,7 +129,7 @@ def _assignment(target: Target, key: Key | None, number: int, part: PartPlan) ->
         target.name,
         key.sources,
         number,
-        key.shape if target.lazy else target.shape,
+        key.shape if target.lazy or target.name in part.reshaped else target.shape,
         dtype,
         key.shape,
         None if key.dtype == dtype else (key.dtype, dtype),
@@ -183,6 +183,7 @@ def unexcused(
             report_unused(patterns, names, "model entry", errors)
 
     migrated = _may_lack(missing, parts, targets)
+    excused["allow_missing"].update(*(part.excused for part in parts))
     if migrated:
         notes.append(
             f"{len(migrated)} num_batches_tracked are not in the file and keep their value, as in torch itself"
