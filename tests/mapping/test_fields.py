@@ -90,7 +90,7 @@ def test_what_a_conversion_makes_may_be_adapted_cast_and_mismatched():
     state = {"e.0": torch.randn(3), "e.1": torch.randn(3)}
     convert = [Conversion("e.{i}", "w", [Stack("i", 0)])]
     plan = warmstart.plan(model, state, convert=convert)
-    assert kinds(plan) == ["mismatched", "nothing matched"]
+    assert kinds(plan) == ["nothing matched", "mismatched"]
     assert plan.mismatched["w"] == (("e.0", "e.1"), (2, 3), (5, 3))
     report = warmstart.load(model, state, convert=convert, adapt={"w": SliceOrPad(7.0)})
     assert torch.equal(model.w[:2], torch.stack([state["e.0"], state["e.1"]]).double())
@@ -164,7 +164,7 @@ def test_rules_that_cannot_be_meant_are_refused_when_they_are_written(fields, wo
 
 def test_an_adapter_that_is_not_named_is_never_applied():
     plan = warmstart.plan(nn.Embedding(5, 2), {"weight": torch.zeros(3, 2)})
-    assert kinds(plan)[0] == "mismatched"
+    assert "mismatched" in kinds(plan) and not plan.assignments
 
 
 def test_an_adapter_that_does_not_fit_names_the_entry_and_both_shapes():

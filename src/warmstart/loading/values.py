@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.derivations import Derivation
@@ -124,7 +125,7 @@ class Digests:
 
 def span(tensor: Tensor) -> tuple[int, int]:
     """The bytes from a tensor's first to past its last element."""
-    if not tensor.numel() or tensor.layout != torch.strided or tensor.device.type == "meta":
+    if is_lazy(tensor) or not tensor.numel() or tensor.layout != torch.strided or tensor.device.type == "meta":
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()

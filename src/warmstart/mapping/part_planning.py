@@ -156,7 +156,7 @@ def _inferred(named: Shapes, shapes: Shapes, into: str, out: PartPlan) -> Prefix
 
 def _with_prefix(keys: list[Key], prefix: Prefix, shapes: Shapes, out: PartPlan) -> list[Key]:
     for key in keys:
-        if shapes.get(key.name) == key.shape:
+        if key.name in shapes and key.shape in (None, shapes[key.name]):
             continue  # never rewrites a key that is already right
         key.rewritten = prefix.rewrite(key.name)
         if key.rewritten is not None and key.rewritten in shapes:

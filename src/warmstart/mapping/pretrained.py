@@ -191,11 +191,14 @@ class Pretrained:
 
     def rules(self) -> dict[str, Any]:
         """Every field but the source that differs from its default, as plain data."""
-        return {
+        rules = {
             f.name: plain(value)
             for f in fields(self)
             if f.name != "source" and (value := getattr(self, f.name)) != f.default and value not in ([], {})
         }
+        if "convert" in rules:  # all of one kind: the name of the kind says nothing
+            rules["convert"] = [item["conversion"] for item in rules["convert"]]
+        return rules
 
     def __repr__(self) -> str:
         rules = "".join(f", {name}={value!r}" for name, value in self.rules().items())
