@@ -319,9 +319,8 @@ def _rebound(value: Any, twins: Mapping[int, Any]) -> Any:
     if kind is types.MethodType:
         return types.MethodType(value.__func__, _rebound(value.__self__, twins))
     if kind is functools.partial:
-        return functools.partial(
-            *(_rebound(v, twins) for v in (value.func, *value.args)), **_rebound(value.keywords, twins)
-        )
+        function, *arguments = (_rebound(part, twins) for part in (value.func, *value.args))
+        return functools.partial(function, *arguments, **_rebound(value.keywords, twins))
     if kind is types.FunctionType and value.__closure__:
         return _with_cells(value, twins)
     if kind is nn.modules.module._WrappedHook:
