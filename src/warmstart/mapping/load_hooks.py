@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from warmstart.errors import MappingError
 from warmstart.mapping.buckets import Problem
@@ -121,6 +122,11 @@ class Loaded(Derivation):
             made = key.made
             value = made.run(lambda i: read(self.sources.index(made.sources[i])))[key.output]
         return value.clone() if name in self._changed else value
+
+
+def may_say(module: nn.Module) -> bool:
+    """Whether `honour` has anything to ask of a module."""
+    return has_own_way(module) or bool(module._load_state_dict_post_hooks) or is_parametrized(module)
 
 
 def honour(keys: list[Key], modules: Mapping[str, nn.Module], versions: Versions, into: str = "") -> Honoured:

@@ -126,17 +126,19 @@ def _assignment(target: Target, key: Key | None, number: int, part: PartPlan) ->
         return Assignment(target.name, (), number, target.shape, target.dtype, target.shape, fill=fill)
     assert key.shape is not None
     dtype = key.dtype if part.part.pretrained.dtype == "checkpoint" else target.dtype
+    reshapes = target.lazy or target.name in part.reshaped
     return Assignment(
         target.name,
         key.sources,
         number,
-        key.shape if target.lazy or target.name in part.reshaped else target.shape,
+        key.shape if reshapes else target.shape,
         dtype,
         key.shape,
         None if key.dtype == dtype else (key.dtype, dtype),
         conversion=key.made,
         output=key.output,
-        adapter=None if target.lazy else part.adapters.get(target.name),
+        adapter=None if reshapes else part.adapters.get(target.name),
+        reshapes=reshapes,
     )
 
 
