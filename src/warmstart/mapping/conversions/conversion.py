@@ -119,6 +119,8 @@ class Conversion:
         return tuple(Template(text, numbers) for text in texts)
 
     def _check(self) -> None:
+        for template in self.source_templates:
+            template.check_source()
         for side, texts in (("sources", self.source_templates), ("targets", self.target_templates)):
             if len({template.text for template in texts}) < len(texts):
                 raise MappingError(f"{self}: the same template twice in {side}=; write it once")

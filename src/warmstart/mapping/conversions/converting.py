@@ -74,7 +74,7 @@ def convert(keys: Sequence[Key], conversions: Sequence[Conversion]) -> Convertin
             taker = f"the source '{printable(match.template.text)}' of conversion {number + 1}"
             for key in match.keys():
                 if (other := takers.setdefault(key.name, taker)) != taker:
-                    clashes.setdefault(("is taken by both", other, taker), []).append(key.name)
+                    clashes.setdefault(("taken", other, taker), []).append(key.name)
         for derived in _derived(conversion, matches, pool, out):
             for index, (name, shape, dtype) in enumerate(
                 zip(derived.targets, derived.shapes, derived.dtypes, strict=True)
@@ -82,7 +82,7 @@ def convert(keys: Sequence[Key], conversions: Sequence[Conversion]) -> Convertin
                 key = Key(name, name, name, shape, dtype, made=derived, output=index)
                 first = virtual.setdefault(name, key)
                 if first is not key and first.made is not None:
-                    clashes.setdefault(("is made by both", first.made.label, derived.label), []).append(name)
+                    clashes.setdefault(("made", first.made.label, derived.label), []).append(name)
     out.errors += [_collision(*clash, sorted(set(names))) for clash, names in clashes.items()]
     rest = [key for key in pool if key.name not in takers]
     out.displaced = [key for key in rest if key.name in virtual]
@@ -213,10 +213,9 @@ def _unused(conversion: Conversion, pool: Sequence[Key]) -> Problem:
 
 
 def _collision(what: str, first: str, second: str, names: Sequence[str]) -> Problem:
-    who = f"{first} and by {second}" if first != second else f"two instances of {first}"
-    fix = "let one conversion take it, with all its targets" if "taken" in what else "give them different targets"
-    what = what if first != second else what.removesuffix(" both")
-    return Problem("collision", f"convert: {_some(names)} {what} {who}; {fix}", tuple(names))
+    who = f"both by {first} and by {second}" if first != second else f"by two instances of {first}"
+    fix = "let one conversion take it, with all its targets" if what == "taken" else "give them different targets"
+    return Problem("collision", f"convert: {_some(names)} is {what} {who}; {fix}", tuple(names))
 
 
 def _failing(kind: str, message: str, instances: Sequence[Instance], out: Converting) -> Problem:

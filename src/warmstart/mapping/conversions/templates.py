@@ -70,6 +70,22 @@ class Template:
         self._start = first.rstrip(".") if isinstance(first, str) else ""
         self._end = last.lstrip(".") if isinstance(last, str) else ""
 
+    def check_source(self) -> None:
+        """Refuse a template that can be rendered, but never be matched in one way only.
+
+        Raises:
+            MappingError: One `{x...}` follows another.
+        """
+        for part, dot, after in zip(self._parts, self._parts[1:], self._parts[2:], strict=False):
+            if (
+                isinstance(part, Placeholder)
+                and isinstance(after, Placeholder)
+                and part.rest
+                and after.rest
+                and dot == "."
+            ):
+                raise _unparsable(self.text, f"nothing tells {_written(part)} from {_written(after)}")
+
     def match(self, name: str) -> dict[str, str] | None:
         """The placeholders' values if the whole name fits, else None; `render` gives the name back from them.
 
@@ -187,7 +203,7 @@ def natural(text: str) -> tuple[object, ...]:
     """A sorting key by which 2 comes before 10."""
     # Numbers as (length, digits): `int` refuses those of several thousand digits.
     pieces = re.split(r"([0-9]+)", text)
-    return (*(_number(p) if i % 2 else p for i, p in enumerate(pieces)), text)
+    return tuple([_number(p) if i % 2 else p for i, p in enumerate(pieces)]), text
 
 
 def _number(digits: str) -> tuple[int, str]:
@@ -219,8 +235,6 @@ def _parsed(text: str) -> list[str | Placeholder]:
             before, after = parts[number - 1] if number else ".", parts[number + 1] if number + 1 < len(parts) else "."
             if not (str(before).endswith(".") and str(after).startswith(".")):
                 raise _unparsable(text, f"{_written(part)} must be a whole segment")
-            if after == "." and number + 2 < len(parts) and _is_rest(parts[number + 2]):
-                raise _unparsable(text, f"nothing tells {_written(part)} from the one after it")
     return parts
 
 
@@ -230,10 +244,6 @@ def _elastic(parts: Sequence[str | Placeholder]) -> bool:
         ("*" if p.rest else "?") if isinstance(p, Placeholder) else re.sub("[*?]", "_", p) for p in parts
     )
     return segments.count("*") > 1 or any(segment.count("?") > 1 for segment in segments.split("."))
-
-
-def _is_rest(part: str | Placeholder) -> bool:
-    return isinstance(part, Placeholder) and part.rest
 
 
 def _placeholder(text: str, body: str) -> Placeholder:
