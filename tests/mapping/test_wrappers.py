@@ -232,10 +232,13 @@ def test_a_key_that_is_right_stays_though_the_prefix_fits_it_too():
 # ---- rules ----
 
 RULES = [
-    ({"backbone": "encoder", "c": "conv", "n": "norm", "fc": "head"}, [("encoder.conv", "backbone.c"), ("encoder.norm", "backbone.n"), ("head", "fc")]),
+    (
+        {"backbone": "encoder", "c": "conv", "n": "norm", "fc": "head"},
+        [("encoder.conv", "backbone.c"), ("encoder.norm", "backbone.n"), ("head", "fc")],
+    ),
     ([{r"^net\.": ""}, {r"stem\.(conv|norm)": r"encoder.\1"}], [("encoder", "net.stem"), ("head", "net.head")]),
     ({r"^(\w+)\.x\b": r"\1"}, [("encoder", "encoder.x"), ("head", "head.x")]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("rules", "names"), RULES)
