@@ -21,7 +21,7 @@ from warmstart.mapping.grouping import printable
 from warmstart.mapping.hints import GUESSES, did_you_mean, report_unused
 from warmstart.mapping.keys import Key
 from warmstart.mapping.load_hooks import honour, may_say
-from warmstart.mapping.names import Prefix, Shapes, infer_prefix, join, strip
+from warmstart.mapping.names import KeyShapes, Prefix, Shapes, infer_prefix, join, strip
 from warmstart.mapping.part import PartPlan
 from warmstart.mapping.pool import clean_keys, renamed, selected, without_collisions
 from warmstart.mapping.pretrained import Pretrained
@@ -137,7 +137,7 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(f"'{printable(name)}'" for name in names[:4]) + more
 
 
-def _inferred(named: Shapes, shapes: Shapes, into: str, out: PartPlan) -> Prefix | None:
+def _inferred(named: KeyShapes, shapes: Shapes, into: str, out: PartPlan) -> Prefix | None:
     pairs = infer_prefix(named, shapes)
     if len(pairs) > 1 and (named_alike := [p for p in pairs if into and (p.strip, p.add) == (into, "")]):
         return named_alike[0]  # of a whole model's file: its keys are the entries' own names
