@@ -103,7 +103,7 @@ def test_field_note_2_real_children_called_as_wrappers_do_are_real():
 def test_what_a_wrapper_holds_itself_is_no_entry():
     targets = Targets.of(nn.ModuleDict({"teacher": AveragedModel(nn.Linear(2, 2))}))
     assert sorted(targets.entries) == ["teacher.module.bias", "teacher.module.weight"]
-    assert targets.wrapper_own == {"teacher.n_averaged"}
+    assert targets.wrapper_own == {"teacher.n_averaged": "teacher.n_averaged"}
 
 
 def tied() -> nn.Module:

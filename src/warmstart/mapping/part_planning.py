@@ -28,6 +28,7 @@ from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.suffixes import match_suffixes
 from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import PatternSet
+from warmstart.tensors import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,11 +265,19 @@ def _matched(keys: list[Key], scope: Scope, out: PartPlan) -> list[Key]:
             try:
                 adapter.check(key.shape, target.shape)
             except MappingError as error:
-                out.problem("adapter", f"'{target.name}': {error}", (target.name,))
+                message = str(error).replace("<entry>", printable(target.clean))
+                out.problem("adapter", f"'{printable(target.name)}': {message}", (target.name,))
                 out.mismatched[target.name] = Mismatch(key.sources, key.shape, target.shape)
                 out.reported.add(target.name)
             else:
                 out.assigned[target.name] = key
+                number = key.dtype.is_floating_point or key.dtype.is_complex
+                if not number and adapter.computes(key.shape, target.shape):
+                    message = (
+                        f"'{printable(target.name)}' holds {dtype_name(key.dtype)}, of which {type(adapter).__name__} cannot "
+                        f'compute others; leave it out: exclude=["{printable(target.clean)}"]'
+                    )
+                    out.problem("dtype", message, (target.name,))
         elif target.lazy or target.shape == key.shape or target.name in out.reshaped:
             out.assigned[target.name] = key
         else:
@@ -326,7 +335,7 @@ def _unfillable(target: Target, value: float) -> str:
 def _leftovers(keys: list[Key], scope: Scope, targets: Targets, out: PartPlan) -> None:
     """Unmatched keys: ignored if they name something of the model outside the scope, else unexpected."""
     inside = {t.clean for t in scope.entries.values()}
-    outside = ({t.clean for t in targets.entries.values()} | targets.wrapper_own) - inside
+    outside = ({t.clean for t in targets.entries.values()} | set(targets.wrapper_own.values())) - inside
     known = (
         (outside, "outside the scope"),
         (targets.transient, "non-persistent buffers, which the model computes itself"),

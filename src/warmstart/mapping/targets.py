@@ -70,7 +70,7 @@ class Targets:
         modules: Clean path to module, for `into`; the spelled path is a key as well.
         transient: Clean names of non-persistent buffers.
         extra_state: Clean names of modules' `_extra_state`.
-        wrapper_own: Names that wrapper modules hold themselves (an averaged model's counter).
+        wrapper_own: Names that wrapper modules hold themselves (an averaged model's counter), to the same without wrappers.
         wrapped: Type names of the wrappers met.
         clean_paths: Module path as spelled to its clean path.
         clean_modules: Clean path to the innermost module there, past its wrappers.
@@ -81,7 +81,7 @@ class Targets:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     transient: set[str] = field(default_factory=set)
     extra_state: set[str] = field(default_factory=set)
-    wrapper_own: set[str] = field(default_factory=set)
+    wrapper_own: dict[str, str] = field(default_factory=dict)
     wrapped: set[str] = field(default_factory=set)
     clean_paths: dict[str, str] = field(default_factory=dict)
     clean_modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -171,7 +171,7 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
                     continue
                 name, clean_name = join(path, leaf), join(clean, leaf)
                 if wrapper is not None:
-                    targets.wrapper_own.add(name)
+                    targets.wrapper_own[name] = clean_name
                 elif kind == "buffer" and leaf in module._non_persistent_buffers_set:
                     targets.transient.add(clean_name)
                 else:

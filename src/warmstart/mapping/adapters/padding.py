@@ -57,6 +57,10 @@ class SliceOrPad(Adapter):
                 mask = inside if mask is None else mask & inside
         return mask
 
+    def computes(self, source: Shape, target: Shape) -> bool:
+        del source, target
+        return False
+
     def no_inverse(self, source: Shape, target: Shape) -> str | None:
         cut = any(s > t for s, t in zip(source, target, strict=True))
         return "what was cut off is gone" if cut else None

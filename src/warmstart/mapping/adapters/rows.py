@@ -126,6 +126,9 @@ class MapRows(Adapter):
         mask[torch.from_numpy(new_rows)] = True
         return mask.view([-1 if d == dim else 1 for d in range(len(target))])
 
+    def computes(self, source: Shape, target: Shape) -> bool:
+        return self.new_rows == "mean" and self.loaded(source, target) is not None
+
     def no_inverse(self, source: Shape, target: Shape) -> str | None:
         rows = source[self._dim(source, target)]
         dropped = rows - np.unique(self._carried[0]).size
