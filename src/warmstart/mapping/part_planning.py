@@ -23,6 +23,7 @@ from warmstart.mapping.keys import Key
 from warmstart.mapping.load_hooks import honour, may_say
 from warmstart.mapping.names import KeyShapes, Prefix, Shapes, infer_prefix, join, strip
 from warmstart.mapping.part import PartPlan
+from warmstart.mapping.peft_scope import apart, view
 from warmstart.mapping.pool import clean_keys, renamed, selected, without_collisions
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.suffixes import match_suffixes
@@ -52,6 +53,7 @@ def plan_part(number: int, pretrained: Pretrained, checkpoint: Checkpoint, targe
     scope = _scope(pretrained, targets, out)
     keys = without_collisions(keys, out)
     keys = _converted(keys, pretrained, out)
+    scope = _seen(scope, keys, out)
     named, shapes = {key.name: key.shape for key in keys}, scope.shapes
 
     prefix: Prefix | None = None
@@ -70,7 +72,8 @@ def plan_part(number: int, pretrained: Pretrained, checkpoint: Checkpoint, targe
     out.adapters = _adapters(pretrained, targets, out)
     leftover = _matched(keys, scope, out)
     _fill(pretrained, scope, targets, out)
-    if leftover and pretrained.strip_prefix is not None:
+    out.notes += apart(list(scope.entries.values()), out.assigned)
+    if leftover and pretrained.strip_prefix is not None and not out.hint:
         out.hint = better_prefix(plain, shapes, pretrained, len(out.assigned))
     _leftovers(leftover, scope, targets, out)
     check_casts(out, targets)
@@ -115,6 +118,17 @@ def _converted(keys: list[Key], pretrained: Pretrained, out: PartPlan) -> list[K
     out.reported.update(key.spelled for key in converting.failed)
     out.unexpected += [key.spelled for key in converting.displaced]
     return without_collisions(converting.keys, out)
+
+
+def _seen(scope: Scope, keys: list[Key], out: PartPlan) -> Scope:
+    """Of a PEFT model, the side that the keys are of, under the names that they know it by."""
+    seen = view(list(scope.entries.values()), scope.into, [key.name for key in keys])
+    if seen.problem:
+        out.problem("ambiguous", seen.problem)
+    out.notes += seen.notes
+    out.hint = seen.hint
+    named = [(seen.names[t.name], t) for t in scope.entries.values() if t.name in seen.names]
+    return Scope(scope.into, {strip(name, scope.into) or name: target for name, target in named})
 
 
 def _with_suffixes(keys: list[Key], scope: Scope, out: PartPlan) -> None:
