@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from warmstart.errors import CheckpointError, MappingError
-from warmstart.loading.materialising import materialise
 from warmstart.loading.inert import inert_adapters
+from warmstart.loading.materialising import materialise
 from warmstart.loading.preflight import preflight
 from warmstart.loading.values import Digests, Values, written
 from warmstart.loading.verifying import verify_written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,12 @@ WRAPPER_SEGMENTS = frozenset(WRAPPERS.values())
 
 def wrapped_child(module: nn.Module) -> str | None:
     """The segment under which a wrapper keeps what it wraps; None if the module is no wrapper."""
-    for cls in type(module).__mro__:
+    return _wrapped_child(type(module))  # type: ignore[arg-type]  # a class has a hash
+
+
+@functools.cache
+def _wrapped_child(kind: type[nn.Module]) -> str | None:
+    for cls in kind.__mro__:
         segment = WRAPPERS.get(f"{cls.__module__}.{cls.__qualname__}")
         if segment is not None:
             return segment

@@ -8,6 +8,7 @@ file that `save_pretrained` writes holds one adapter and leaves its name out: `b
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -136,10 +137,16 @@ def cleaner(prefixes: Collection[str], segments: Collection[str]) -> Callable[[s
     return clean
 
 
+@functools.lru_cache(maxsize=4096)
 def is_slot(segment: str) -> bool:
     """Whether a segment is one that only adapters have."""
     return _SLOT.fullmatch(segment) is not None
 
 
-def _types(module: nn.Module) -> list[str]:
-    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+def _types(module: nn.Module) -> tuple[str, ...]:
+    return _qualified(type(module))  # type: ignore[arg-type]  # a class has a hash
+
+
+@functools.cache
+def _qualified(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in kind.__mro__)

@@ -98,7 +98,7 @@ class _Table:
 
     def sort(self, key: str, found: _Found) -> None:
         parts = key.split(".")
-        for i in reversed(range(len(parts))):
+        for i in reversed(range(len(parts))) if self._heads else ():
             if parts[i] in self._heads:
                 tail, slot, rest = ".".join(parts[i:]), parts[i], ".".join(parts[i + 2 :])
                 if tail in self.saved:
@@ -149,6 +149,8 @@ def _adapter_file(scope: Sequence[Target], into: str, found: _Found) -> View:
 
 def apart(scope: Sequence[Target], loaded: Collection[str]) -> list[str]:
     """The coverage of the base and of each adapter, as a note, where a source sees both: the base would drown the rest."""
+    if not any(target.adapter for target in scope):
+        return []
     given = {target.canonical for target in scope if target.name in loaded}
     elements: dict[str, list[int]] = {}
     for target in {target.canonical: target for target in reversed(scope)}.values():  # each tensor once

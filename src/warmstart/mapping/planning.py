@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -35,9 +37,22 @@ def make_plan(
     Raises:
         MappingError: The model is not ready to be planned for (lazy or meta entries).
     """
-    targets = Targets.of(model)
-    parts = [plan_part(i, p, c, targets, len(sources)) for i, (p, c) in enumerate(sources)]
-    return _joined(parts, targets, model, applier)
+    with _without_collector():
+        targets = Targets.of(model)
+        parts = [plan_part(i, p, c, targets, len(sources)) for i, (p, c) in enumerate(sources)]
+        return _joined(parts, targets, model, applier)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Planning makes no cycles: the garbage collector would walk a large model again and again and find nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _joined(parts: list[PartPlan], targets: Targets, model: nn.Module, applier: Callable[..., R]) -> Plan[R]:

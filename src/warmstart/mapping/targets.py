@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -28,6 +29,8 @@ class Target:
         owner: The module that holds it.
         leaf: Its name in `owner`.
         adapter: Where it stands in a PEFT adapter; None for an entry of the model itself.
+        shape: Its shape; `()` for a lazy one, which has none yet.
+        lazy: Whether it had no shape when it was found: a load gives it the checkpoint's.
         alias_of: Name of the first entry that is the same tensor; None for the first one.
     """
 
@@ -37,22 +40,14 @@ class Target:
     tensor: Tensor
     owner: nn.Module
     leaf: str
-    adapter: AdapterEntry | None = None
+    adapter: AdapterEntry | None
+    shape: tuple[int, ...]
+    lazy: bool
     alias_of: str | None = None
 
     @property
-    def lazy(self) -> bool:
-        """Whether it has no shape yet: a load gives it the checkpoint's."""
-        return bool(is_lazy(self.tensor))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape; `()` for a lazy one, which has none yet."""
-        return () if self.lazy else tuple(self.tensor.shape)
-
-    @property
     def numel(self) -> int:
-        return 0 if self.lazy else self.tensor.numel()
+        return 0 if self.lazy else math.prod(self.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,32 +172,33 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
         targets.clean_paths.setdefault(path, clean)
         if wrapper is None and base is None:
             targets.clean_modules.setdefault(clean, module)
-        for kind, members in (("parameter", module._parameters), ("buffer", module._buffers)):
+        both: tuple[tuple[Kind, Mapping[str, Tensor | None]], ...] = (
+            ("parameter", module._parameters),
+            ("buffer", module._buffers),
+        )
+        for kind, members in both:
             for leaf, tensor in members.items():
                 if tensor is None:
                     continue
-                name, clean_name = join(path, leaf), join(clean, leaf)
+                name = join(path, leaf)
+                clean_name = name if path == clean else join(clean, leaf)
                 if wrapper is not None:
                     targets.wrapper_own[name] = clean_name
                 elif kind == "buffer" and leaf in module._non_persistent_buffers_set:
                     targets.transient.add(clean_name)
                 else:
-                    yield Target(
-                        name,
-                        clean_name,
-                        "parameter" if kind == "parameter" else "buffer",
-                        tensor,
-                        module,
-                        leaf,
-                        member_of_adapter(module, base, clean, at, leaf),
-                    )
+                    lazy = is_lazy(tensor)
+                    shape = () if lazy else tuple(tensor.shape)
+                    adapter = member_of_adapter(module, base, clean, at, leaf)
+                    yield Target(name, clean_name, kind, tensor, module, leaf, adapter, shape, lazy)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             targets.extra_state.add(join(clean, "_extra_state"))
         children = [(n, m) for n, m in module._modules.items() if m is not None]
         for leaf, child in reversed(children):
-            child_clean = clean if leaf in (wrapper, base) else join(clean, leaf)
+            child_path = join(path, leaf)
+            child_clean = clean if leaf in (wrapper, base) else child_path if path == clean else join(clean, leaf)
             inside = at if leaf == wrapper else member_of_adapter(module, base, clean, at, leaf)
-            stack.append((child, join(path, leaf), child_clean, inside, (*above, id(module))))
+            stack.append((child, child_path, child_clean, inside, (*above, id(module))))
 
 
 def _identity(tensor: Tensor, seen: dict[object, str], name: str) -> str:
