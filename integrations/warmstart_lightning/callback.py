@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ class WarmStart(Callback):
         verify: `"full"` compares every element, `"sample"` a fixed sample, `"off"` nothing.
         held: `"eval"` holds modules that are frozen as a whole in eval mode; `"train"` leaves their mode alone.
         on_freeze_change: Whether resuming a run that had frozen other entries is an `"error"`, or to be allowed.
+        lock: A lock file (`Plan.to_yaml`): a run whose plan came out different is refused.
         log: Print the report, log it to the trainer's loggers and write it to the run's folder as JSON.
         name: Tells two of these callbacks with the same `into` apart in checkpoints; Lightning asks for it with "more than
             one stateful callback".
@@ -68,12 +70,13 @@ class WarmStart(Callback):
         verify: Verify = "full",
         held: Held = "eval",
         on_freeze_change: OnFreezeChange = "error",
+        lock: str | os.PathLike[str] | None = None,
         log: bool = True,
         name: str | None = None,
         **fields: Unpack[PretrainedFields],
     ) -> None:
         parts = as_parts(pretrained, fields)
-        self._life = Lifecycle(parts, verify=verify, held=held, on_freeze_change=on_freeze_change)
+        self._life = Lifecycle(parts, verify=verify, held=held, on_freeze_change=on_freeze_change, lock=lock)
         self._key = name if name is not None else "+".join(part.into for part in parts)
         self._logs = log  # Lightning puts its own `log` on callbacks
         self._once: _Once | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Sequence
 
 from torch import nn
@@ -12,6 +14,7 @@ from warmstart.errors import MappingError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
 from warmstart.lineage import lineage
 from warmstart.loading.writing import write
+from warmstart.mapping.lock import compare
 from warmstart.mapping.plan import Plan, Verify
 from warmstart.mapping.planning import make_plan
 from warmstart.mapping.pretrained import Pretrained, PretrainedFields, Source, as_parts
@@ -24,7 +27,13 @@ Sources = Source | Pretrained | Sequence[Source | Pretrained]
 
 
 def load(
-    model: nn.Module, pretrained: Sources, /, *, verify: Verify = "full", **fields: Unpack[PretrainedFields]
+    model: nn.Module,
+    pretrained: Sources,
+    /,
+    *,
+    verify: Verify = "full",
+    lock: str | os.PathLike[str] | None = None,
+    **fields: Unpack[PretrainedFields],
 ) -> Report:
     """Put pretrained weights into a model: plan, preflight, write in place, verify by value, freeze.
 
@@ -32,6 +41,7 @@ def load(
         model: The model; on any error before the first write it is bit-for-bit untouched.
         pretrained: A path, a state dict, a module, a `Pretrained`, or a list of them.
         verify: `"full"` compares every element after writing, `"sample"` a fixed sample, `"off"` nothing.
+        lock: A lock file, as `Plan.to_yaml` gives it: a plan that came out different is refused.
         **fields: `Pretrained`'s fields, for a single bare source.
 
     Returns:
@@ -47,17 +57,24 @@ def load(
         >>> report = warmstart.load(model, "bert.safetensors", into="encoder", freeze=True)
         >>> print(report.verdict())
     """
-    return plan(model, pretrained, **fields).apply(verify=verify)
+    return plan(model, pretrained, lock=lock, **fields).apply(verify=verify)
 
 
-def plan(model: nn.Module, pretrained: Sources, /, **fields: Unpack[PretrainedFields]) -> Plan[Report]:
+def plan(
+    model: nn.Module,
+    pretrained: Sources,
+    /,
+    *,
+    lock: str | os.PathLike[str] | None = None,
+    **fields: Unpack[PretrainedFields],
+) -> Plan[Report]:
     """Decide what goes where, from names, shapes and dtypes alone; no tensor is read and the model is untouched.
 
     A plan with errors is returned all the same, to be looked at; `Plan.apply()` raises them.
 
     Raises:
         CheckpointError: The source cannot be opened.
-        MappingError: The model has entries without shape or storage.
+        MappingError: The model has entries of which this process holds a shard only; or `lock` is no lock file.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -77,13 +94,17 @@ def plan(model: nn.Module, pretrained: Sources, /, **fields: Unpack[PretrainedFi
         )
         for p in parts
     ]
-    return make_plan(model, opened, apply)
+    made = make_plan(model, opened, apply)
+    if lock is not None and (changed := compare(made, lock)):
+        made = dataclasses.replace(made, errors=(*made.errors, *changed))
+    return made
 
 
 def apply(plan: Plan[Report], *, verify: Verify = "full", held: Held = "eval") -> Report:
     """Carry a plan out; `Plan.apply` with the choice of how frozen modules are held, for the hosts."""
     written = write(plan, verify)
-    frozen = freeze_entries(plan.model, plan.freeze, plan.targets, held) if plan.freeze else None
+    rows = plan.held_rows
+    frozen = freeze_entries(plan.model, plan.freeze, plan.targets, held, rows=rows) if plan.freeze or rows else None
     return Report(plan, written, lineage(plan, __version__), frozen)
 
 

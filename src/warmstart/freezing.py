@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from warmstart.errors import FrozenChangedError, MappingError
+from warmstart.held_rows import HeldRows
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import did_you_mean
 from warmstart.mapping.targets import Live, Target, Targets
@@ -61,15 +62,22 @@ class Frozen:
     Attributes:
         names: The frozen entries, sorted, as the model spells them.
         declared: The entries that were frozen at first, those released since included.
+        rows: Entries of which some rows are held and the others train, with those rows.
         trained: Those of them that trained before.
     """
 
     def __init__(
-        self, model: nn.Module, targets: list[Target], held: Held = "eval", trained: frozenset[str] | None = None
+        self,
+        model: nn.Module,
+        targets: list[Target],
+        held: Held = "eval",
+        trained: frozenset[str] | None = None,
+        rows: Mapping[str, HeldRows] | None = None,
     ) -> None:
         self.model = model
         self._targets = {target.name: target for target in targets}
         self.declared = self.names
+        self.rows = dict(rows or {})
         # Only what trained before will train again when it is released.
         training = frozenset(t.name for t in targets if t.kind == "parameter" and t.tensor.requires_grad)
         self.trained = training if trained is None else trained
@@ -120,9 +128,14 @@ class Frozen:
                 moved.append((name, "has requires_grad=True again"))
             elif not self._equal(tensor, name, sampled):
                 moved.append((name, "has other values"))
+        for name, rows in self.rows.items():
+            if id(rows.tensor) not in live.tensors:
+                moved.append((name, "was replaced by another parameter"))
+            elif not rows.unchanged(sampled=sampled):
+                moved.append((name, "has other values in rows that are held"))
         if moved:
             raise FrozenChangedError(
-                f"{len(moved)} of {len(self)} frozen tensors are not what was frozen\n{listed(moved)}\n"
+                f"{len(moved)} of {len(self) + len(self.rows)} frozen tensors are not what was frozen\n{listed(moved)}\n"
                 "  -> something wrote to them after the freeze; release what is meant to train: "
                 f'report.frozen.release(["{printable(moved[0][0])}"])',
                 tensors=tuple(name for name, _ in moved),
@@ -135,6 +148,8 @@ class Frozen:
             tensor = live.tensor(target)
             if tensor is not None and (all_values or tensor.dtype != self._fingerprints[name].dtype):
                 self._fingerprints[name] = _Fingerprint.of(tensor)
+        for rows in self.rows.values() if all_values else ():
+            rows.rebase()
 
     def release(self, patterns: Patterns, optimizer: torch.optim.Optimizer | None = None) -> tuple[str, ...]:
         """Unfreeze what the patterns match, and end the eval mode that was held for it.
@@ -151,9 +166,12 @@ class Frozen:
         """
         chosen = PatternSet(patterns, where="release")
         released = [n for n, t in self._targets.items() if chosen.matches(n, t.clean)]
+        partly = [name for name in self.rows if chosen.matches(name)]
         if unused := chosen.without_hit():
-            hint = did_you_mean(unused[0].text, self._targets)
+            hint = did_you_mean(unused[0].text, [*self._targets, *self.rows])
             raise MappingError(f"release({unused[0].text!r}) matches nothing that is frozen{hint}")
+        for name in partly:
+            self.rows.pop(name).release()
         parameters = []
         for name in released:
             target = self._targets.pop(name)
@@ -167,7 +185,7 @@ class Frozen:
             new = list({id(p): p for p in parameters if id(p) not in known}.values())
             if new:
                 optimizer.add_param_group({"params": new})
-        return tuple(released)
+        return (*released, *partly)
 
     def _equal(self, tensor: Tensor, name: str, sampled: bool) -> bool:
         known = self._fingerprints[name]
@@ -194,6 +212,7 @@ def freeze_entries(
     targets: Targets,
     held: Held = "eval",
     trained: frozenset[str] | None = None,
+    rows: Mapping[str, Tensor | None] | None = None,
 ) -> Frozen:
     """Freeze entries by name; a BatchNorm's counter goes with its statistics.
 
@@ -203,13 +222,20 @@ def freeze_entries(
         targets: The model's entries.
         held: `"eval"` holds modules that are frozen as a whole in eval mode.
         trained: The entries that train again when released; None: those that train now.
+        rows: Entries of which only some rows are frozen, with those rows as booleans; None: every row.
     """
     chosen = {name: targets.entries[name] for name in names}
     owners = {id(t.owner) for t in chosen.values() if t.leaf in _STATISTICS}
     for name, target in targets.entries.items():
         if target.leaf == "num_batches_tracked" and id(target.owner) in owners:
             chosen.setdefault(name, target)
-    return Frozen(model, list(chosen.values()), held, trained)
+    frozen = {id(target.tensor) for target in chosen.values()}
+    held_rows: dict[int, tuple[str, HeldRows]] = {}  # a tied parameter once
+    for name, mask in (rows or {}).items():
+        tensor = targets.entries[name].tensor
+        if id(tensor) not in frozen and id(tensor) not in held_rows:
+            held_rows[id(tensor)] = (name, HeldRows(tensor, mask))
+    return Frozen(model, list(chosen.values()), held, trained, dict(held_rows.values()))
 
 
 def freeze_patterns(model: nn.Module, patterns: Patterns, held: Held = "eval") -> Frozen:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from warmstart import api
@@ -22,10 +22,11 @@ from warmstart.errors import CheckpointError, FrozenChangedError, MappingError, 
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
 from warmstart.loading.verifying import raise_differences, structure
 from warmstart.mapping.grouping import listed
+from warmstart.mapping.lock import frozen_names
 from warmstart.mapping.names import strip
 from warmstart.mapping.plan import Plan, Verify
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.mapping.targets import Live, Targets
+from warmstart.mapping.targets import Live, Target, Targets
 from warmstart.report import Report
 
 OnFreezeChange = Literal["error", "allow"]
@@ -39,14 +40,17 @@ class _Past:
     count: int
     frozen: tuple[str, ...]
     trained: frozenset[str]
+    rows: dict[str, Tensor]
     lineage: dict[str, Any]
 
     @classmethod
     def of(cls, report: Report) -> _Past:
         plan, frozen = report.plan, report.frozen
         owners = weakref.WeakSet(plan.targets.entries[a.target].owner for a in plan.assignments)
-        names, trained = (frozen.declared, frozen.trained) if frozen else ((), frozenset())
-        return cls(owners, len(owners), names, trained, report.lineage)
+        if frozen is None:
+            return cls(owners, len(owners), (), frozenset(), {}, report.lineage)
+        rows = {name: held.mask for name, held in frozen.rows.items()}
+        return cls(owners, len(owners), frozen.declared, frozen.trained, rows, report.lineage)
 
 
 # Once for each model object, whichever callback asks: a host may copy its callbacks or make new ones for every fit.
@@ -70,6 +74,7 @@ class Lifecycle:
         verify: Verify = "full",
         held: Held = "eval",
         on_freeze_change: OnFreezeChange = "error",
+        lock: str | os.PathLike[str] | None = None,
     ) -> None:
         for name, value, known in (
             ("verify", verify, ("full", "sample", "off")),
@@ -82,6 +87,7 @@ class Lifecycle:
         self.verify: Verify = verify
         self.held: Held = held
         self.on_freeze_change = on_freeze_change
+        self.lock = lock
         self.restored: dict[str, Any] | None = None
         self._reset()
 
@@ -98,7 +104,7 @@ class Lifecycle:
 
     def __getstate__(self) -> dict[str, Any]:
         """The configuration alone: what a run made of it belongs to its process and its model."""
-        kept = ("parts", "verify", "held", "on_freeze_change", "restored")
+        kept = ("parts", "verify", "held", "on_freeze_change", "lock", "restored")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -150,7 +156,7 @@ class Lifecycle:
             return
         self._reset()
         try:
-            plan = api.plan(model, self.parts)
+            plan = api.plan(model, self.parts, lock=self.lock)
         except CheckpointError as error:
             if not any(is_gone(part.source) for part in self.parts):
                 raise
@@ -175,19 +181,24 @@ class Lifecycle:
             return
         self._reset()
         self._model, self._past, self._trained = weakref.ref(model), past, True
-        if past.frozen:
-            self.frozen = freeze_entries(model, past.frozen, Targets.of(model), self.held, trained=past.trained)
+        if past.frozen or past.rows:
+            targets = Targets.of(model)
+            self.frozen = freeze_entries(model, past.frozen, targets, self.held, trained=past.trained, rows=past.rows)
 
     def _rehearse(self, model: nn.Module) -> None:
         if self._known(model) is None and not any(is_gone(part.source) for part in self.parts):
-            api.plan(model, self.parts).raise_errors()
+            api.plan(model, self.parts, lock=self.lock).raise_errors()
 
     def _freeze_without_source(self, model: nn.Module) -> None:
         patterns: list[str] = []
         for part in self.parts:
             if not isinstance(part.freeze, bool):
                 patterns += [part.freeze] if isinstance(part.freeze, str) else list(part.freeze)
-        if patterns:
+        if self.lock is not None:
+            targets = Targets.of(model)
+            if names := [name for name in frozen_names(self.lock) if name in targets.entries]:
+                self.frozen = freeze_entries(model, names, targets, self.held)
+        elif patterns:
             self.frozen = freeze_patterns(model, patterns, self.held)
 
     def _note_restore(self, module: nn.Module, incompatible: Any) -> None:
@@ -202,7 +213,7 @@ class Lifecycle:
     @property
     def knows_what_to_freeze(self) -> bool:
         """Whether the frozen names are known although the source is gone."""
-        return self.frozen is not None or not any(part.freeze is True for part in self.parts)
+        return self.frozen is not None or self.lock is not None or not any(part.freeze is True for part in self.parts)
 
     def resume(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Take over the state of the run that is being resumed: freeze what it froze, or say how that differs.
@@ -214,11 +225,22 @@ class Lifecycle:
             return
         self.restored = dict(state)
         before = tuple(state.get("frozen", ()))
-        if self._gone is not None and self.frozen is None and before:
+        rows_before: dict[str, list[list[int]]] = dict(state.get("rows", {}))
+        if self._gone is not None and (before or rows_before):
             targets = Targets.of(model)
-            if all(name in targets.entries for name in before):
-                self.frozen = freeze_entries(model, before, targets, self.held)
+            rows = {n: _mask(targets.entries[n], spans) for n, spans in rows_before.items() if n in targets.entries}
+            if (self.frozen is None or rows) and all(name in targets.entries for name in before):
+                trained = self.frozen.trained if self.frozen else None
+                self.frozen = freeze_entries(model, before, targets, self.held, trained=trained, rows=rows)
         now = self.frozen.declared if self.frozen else ()
+        rows_now = _spans(self.frozen)
+        if rows_now != rows_before and self.on_freeze_change == "error":
+            changed = sorted(n for n in {*rows_now, *rows_before} if rows_now.get(n) != rows_before.get(n))
+            raise FrozenChangedError(
+                f"the run that is resumed held other rows of {', '.join(changed)} than this one; give the same adapt= as "
+                'then, or on_freeze_change="allow" if the change is meant',
+                tensors=tuple(changed),
+            )
         if set(now) != set(before) and self.on_freeze_change == "error":
             raise FrozenChangedError(
                 f"the run that is resumed had {len(before)} frozen tensors, this one has {len(now)}; its optimizer state "
@@ -349,7 +371,36 @@ class Lifecycle:
         declared = self.frozen.declared if self.frozen else ()
         frozen = set(self.frozen.names) if self.frozen else set()
         released = [name for name in declared if name not in frozen]
-        return {"format": 1, "status": status, "lineage": lineage, "frozen": list(declared), "released": released}
+        return {
+            "format": 1,
+            "status": status,
+            "lineage": lineage,
+            "frozen": list(declared),
+            "released": released,
+            "rows": _spans(self.frozen),
+        }
+
+
+def _spans(frozen: Frozen | None) -> dict[str, list[list[int]]]:
+    """The held rows of each entry as [dimension] and [first, past the last] pairs: plain JSON types, few for many rows."""
+    out: dict[str, list[list[int]]] = {}
+    for name, held in frozen.rows.items() if frozen else ():
+        spans: list[list[int]] = []
+        for row in held.index.tolist():
+            if spans and spans[-1][1] == row:
+                spans[-1][1] = row + 1
+            else:
+                spans.append([row, row + 1])
+        out[name] = [[held.dim], *spans]
+    return out
+
+
+def _mask(target: Target, spans: list[list[int]]) -> Tensor:
+    (dim,), *rows = spans
+    mask = torch.zeros(target.shape[dim], dtype=torch.bool)
+    for first, last in rows:
+        mask[first:last] = True
+    return mask.reshape([-1 if d == dim else 1 for d in range(len(target.shape))])
 
 
 def _audit(plan: Plan, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:

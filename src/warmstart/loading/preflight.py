@@ -7,7 +7,8 @@ import itertools
 import torch
 
 from warmstart.errors import CheckpointError, MappingError, TimingError
-from warmstart.loading.values import Values, as_planned, duplicates, span, written
+from warmstart.loading.materialising import uninitialisable
+from warmstart.loading.values import Values, duplicates, span, written
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan
 from warmstart.mapping.targets import Live
@@ -24,7 +25,7 @@ def preflight(plan: Plan, values: Values) -> None:
     """
     _unchanged(plan)
     _right_file(plan)
-    problems = [*_entangled(plan), *_lost(plan, values), *_two_values(plan, values)]
+    problems = [*uninitialisable(plan), *_entangled(plan), *_lost(plan, values), *_two_values(plan, values)]
     if problems:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
         head = f"the plan for {plan.model_name} cannot be carried out: {count}, nothing was written"
@@ -39,12 +40,16 @@ def _unchanged(plan: Plan) -> None:
     for assignment in plan.assignments:
         target = plan.targets.entries[assignment.target]
         tensor = live.tensor(target)
-        if tensor is None or tensor is not target.tensor or tuple(tensor.shape) != assignment.shape:
+        if (
+            tensor is None
+            or tensor is not target.tensor
+            or (not target.lazy and tuple(tensor.shape) != assignment.shape)
+        ):
             raise TimingError(
                 f"'{assignment.target}' is not the tensor that was planned for; call warmstart.plan(model, ...) again "
                 "after the model was changed"
             )
-        if tensor.is_inference():
+        if not target.lazy and tensor.is_inference():
             raise TimingError(
                 f"'{assignment.target}' was made under torch.inference_mode() and cannot be written to; build the model "
                 "outside of it"
@@ -70,8 +75,9 @@ def _entangled(plan: Plan) -> list[str]:
     """Entries that share some of their memory, but not all: writing one would change the other."""
     storages: dict[int, list[str]] = {}
     for assignment in written(plan):
-        tensor = plan.targets.entries[assignment.target].tensor
-        if tensor.layout == torch.strided and tensor.numel():
+        target = plan.targets.entries[assignment.target]
+        tensor = target.tensor
+        if not target.lazy and tensor.device.type != "meta" and tensor.layout == torch.strided and tensor.numel():
             storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(assignment.target)
     shared: list[tuple[str, str]] = []
     for names in storages.values():
@@ -101,7 +107,7 @@ def _lost(plan: Plan, values: Values) -> list[str]:
         if assignment.cast is None or not range_lost(*assignment.cast):
             continue
         source = values.source(assignment)
-        cast = as_planned(source, assignment)
+        cast = source.to(assignment.dtype)
         if cast.is_floating_point() or cast.is_complex():
             # Some types overflow to inf or NaN, others to their largest value.
             limit = torch.finfo(cast.dtype).max * (1 + torch.finfo(cast.dtype).eps)
@@ -127,8 +133,9 @@ def _lost(plan: Plan, values: Values) -> list[str]:
 def _two_values(plan: Plan, values: Values) -> list[str]:
     out = []
     for first, second in duplicates(plan):
-        if not same_bits(as_planned(values.source(first), first), as_planned(values.source(second), second)):
-            a, b = printable(first.sources[0]), printable(second.sources[0])
+        current = plan.targets.entries[first.target].tensor
+        if not same_bits(values.planned(first, current), values.planned(second, current)):
+            a, b = (", ".join(map(printable, each.sources[:4])) or f"constant {each.fill}" for each in (first, second))
             out.append(
                 f"collision: '{first.target}' and '{second.target}' are one tied tensor, but the checkpoint's '{a}' and "
                 f"'{b}' differ\n"

@@ -7,47 +7,77 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from warmstart.mapping.buckets import Assignment
+from warmstart.mapping.derivations import Derivation
 from warmstart.mapping.plan import Plan
 from warmstart.tensors import digest, same_bits
 
 
 class Values:
-    """Reads a plan's values one at a time.
-
-    A source in memory may share storage with the model it is loaded into, so that writing one entry would change the
-    source of another: those tensors are copied when the object is made, before anything is written.
-    """
+    """Reads a plan's values one at a time; of a conversion, what it makes is kept until another one is asked for."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._copies: dict[tuple[int, str], Tensor] = {}
-        spans = Spans(plan.targets.entries[a.target].tensor for a in written(plan))
-        for assignment in written(plan):
-            checkpoint = plan.parts[assignment.part].checkpoint
+        self._made: tuple[Derivation | None, list[Tensor]] = (None, [])
+
+    def secure(self) -> None:
+        """Copy what writing could change before it is read.
+
+        A source in memory may share storage with the model it is loaded into, so that writing one entry would change the
+        source of another.
+        """
+        spans = Spans(self.plan.targets.entries[a.target].tensor for a in written(self.plan))
+        for assignment in written(self.plan):
+            checkpoint = self.plan.parts[assignment.part].checkpoint
             if checkpoint.files:
                 continue
-            tensor = checkpoint.read(assignment.sources[0])
-            itself = _same_memory(tensor, plan.targets.entries[assignment.target].tensor)
-            if not itself and spans.meet(tensor):
-                self._copies[assignment.part, assignment.sources[0]] = tensor.clone()
+            for key in assignment.sources:
+                tensor = checkpoint.read(key)
+                itself = _same_memory(tensor, self.plan.targets.entries[assignment.target].tensor)
+                if not (itself and assignment.conversion is None) and spans.meet(tensor):
+                    self._copies[assignment.part, key] = tensor.clone()
 
     def source(self, assignment: Assignment) -> Tensor:
-        """The tensor as the checkpoint holds it, on the CPU."""
-        key = assignment.sources[0]
-        copy = self._copies.get((assignment.part, key))
-        return copy if copy is not None else self.plan.parts[assignment.part].checkpoint.read(key)
+        """What the checkpoint, or the conversion, gives: on the CPU, in its own shape and dtype."""
+        if assignment.fill is not None:
+            with torch.device("cpu"):
+                return torch.full(assignment.shape, assignment.fill, dtype=torch.float64).to(assignment.dtype)
+        if assignment.conversion is None:
+            return self._read(assignment.part, assignment.sources[0])
+        made, outputs = self._made
+        if made is not assignment.conversion:
+            made, keys = assignment.conversion, assignment.conversion.sources
+            self._made = (None, [])  # frees what the one before made
+            with torch.device("cpu"), torch.no_grad():
+                outputs = made.run(lambda i: self._read(assignment.part, keys[i]))
+            self._made = (made, outputs)
+        return outputs[assignment.output]
+
+    def planned(self, assignment: Assignment, current: Tensor) -> Tensor:
+        """The value of an entry that holds `current`, in the dtype the plan gives it, on the CPU."""
+        return as_planned(self.source(assignment), assignment, current)
+
+    def _read(self, part: int, key: str) -> Tensor:
+        copy = self._copies.get((part, key))
+        return copy if copy is not None else self.plan.parts[part].checkpoint.read(key)
 
 
 def written(plan: Plan) -> Iterator[Assignment]:
-    """The assignments that are written, each tied tensor once."""
+    """The assignments that are written, each tied tensor once, and what one conversion makes together."""
     seen: set[str] = set()
+    together: dict[int, list[Assignment]] = {}
     for assignment in plan.assignments:
-        canonical = plan.targets.entries[assignment.target].canonical
-        if assignment.alias_of is None and canonical not in seen:
-            seen.add(canonical)
-            yield assignment
+        if assignment.alias_of is None:
+            canonical = plan.targets.entries[assignment.target].canonical
+            if canonical not in seen:
+                seen.add(canonical)
+                key = id(assignment.conversion) if assignment.conversion is not None else -len(seen)
+                together.setdefault(key, []).append(assignment)
+    for group in together.values():
+        yield from group
 
 
 def duplicates(plan: Plan) -> Iterator[tuple[Assignment, Assignment]]:
@@ -60,9 +90,12 @@ def duplicates(plan: Plan) -> Iterator[tuple[Assignment, Assignment]]:
                 yield other, assignment
 
 
-def as_planned(value: Tensor, assignment: Assignment) -> Tensor:
-    """A source tensor in the dtype the plan gives the entry."""
-    return value if assignment.cast is None else value.to(assignment.cast[1])
+def as_planned(source: Tensor, assignment: Assignment, current: Tensor) -> Tensor:
+    """What an entry that holds `current` gets from a source tensor: adapted, and in the dtype the plan gives it."""
+    if assignment.adapter is None:
+        return source.to(assignment.dtype)
+    with torch.device("cpu"), torch.no_grad():
+        return assignment.adapter.apply(source, current.detach().to(assignment.dtype))
 
 
 class Digests:
@@ -92,7 +125,7 @@ class Digests:
 
 def span(tensor: Tensor) -> tuple[int, int]:
     """The bytes from a tensor's first to past its last element."""
-    if not tensor.numel() or tensor.layout != torch.strided or tensor.device.type == "meta":
+    if is_lazy(tensor) or not tensor.numel() or tensor.layout != torch.strided or tensor.device.type == "meta":
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()

@@ -37,15 +37,18 @@ def verify_written(plan: Plan, values: Values, verify: Verify) -> list[str]:
     wrong: list[Difference] = []
     odd: list[str] = []
     for assignment in written(plan):
+        target = plan.targets.entries[assignment.target]
         source = values.source(assignment)
-        expected = as_planned(source, assignment)
-        canonical = plan.targets.entries[assignment.target].canonical
+        expected = as_planned(source, assignment, target.tensor)
+        canonical = target.canonical
         for name in plan.targets.groups.get(canonical, [assignment.target]):
             if not _same(plan.targets.entries[name].tensor, expected, verify):
                 wrong.append(Difference(name, "was written and reads back differently"))
         if verify == "full" and (expected.is_floating_point() or expected.is_complex()) and _non_finite(expected):
             odd.append(assignment.target)
-            if assignment.cast is not None and _non_finite(expected) > _non_finite(source):
+            adapted = assignment.adapter is not None and assignment.loaded is None and not _non_finite(source)
+            cast = assignment.adapter is None and assignment.cast is not None
+            if adapted or (cast and _non_finite(expected) > _non_finite(source)):
                 wrong.append(Difference(assignment.target, "finite values became inf in the model's dtype"))
     raise_differences(wrong, "right after writing")
     if odd:
@@ -85,6 +88,7 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
         if part.checkpoint.files and (what := part.checkpoint.changed()):  # what came from memory may train by now
             raise CheckpointError(f"{what}; the model's values cannot be compared with it any more: put the file back")
     live = Live(model)
+    values = Values(plan)
     keys = {a.target: a for a in plan.assignments}
     compared: set[int] = set()
     for name, assignment in keys.items():
@@ -97,9 +101,8 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
         if source.target in digests or target.canonical in digests:
             same = digests.equal(source.target if source.target in digests else target.canonical, tensor)
         else:
-            part = plan.parts[source.part]
-            expected = as_planned(part.checkpoint.read(source.sources[0]), source)
-            if bits_lost(expected.dtype, tensor.dtype) and not part.pretrained.allow_narrowing:
+            expected = values.planned(source, tensor)
+            if bits_lost(expected.dtype, tensor.dtype) and not plan.parts[source.part].pretrained.allow_narrowing:
                 out.append(Difference(name, f"was cast to {tensor.dtype}, which allow_narrowing=False forbids"))
                 continue
             same = _same(tensor, expected, verify)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from warmstart.errors import CheckpointError, MappingError
+from warmstart.loading.materialising import materialise
 from warmstart.loading.preflight import preflight
-from warmstart.loading.values import Digests, Values, as_planned, written
+from warmstart.loading.values import Digests, Values, written
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan import Plan, Verify
@@ -50,18 +51,20 @@ def write(plan: Plan, verify: Verify) -> Written:
     started = time.perf_counter()
     before = sum(part.checkpoint.bytes_read for part in plan.parts)
     values = Values(plan)
+    values.secure()
     preflight(plan, values)
     result = Written(verify)
     done: list[str] = []
     try:
+        result.notes += materialise(plan)
         with torch.no_grad():
             for assignment in written(plan):
                 target = plan.targets.entries[assignment.target]
-                value = as_planned(values.source(assignment), assignment)
+                value = values.planned(assignment, target.tensor)
                 others = plan.targets.groups.get(target.canonical, [])
                 _place(target.tensor, value, [plan.targets.entries[name].tensor for name in others])
                 done.append(assignment.target)
-                if not plan.parts[assignment.part].checkpoint.files:
+                if assignment.fill is None and not plan.parts[assignment.part].checkpoint.files:
                     result.digests.keep(assignment.target, value)
     except Exception as error:
         if not done:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from warmstart.checkpoints.base import Checkpoint
+from warmstart.mapping.adapters.base import Adapter, Shape
+from warmstart.mapping.derivations import Derivation
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.targets import Targets
 
@@ -28,7 +30,8 @@ class Problem:
 
     Attributes:
         kind: `missing`, `unexpected`, `mismatched`, `collision`, `unused`, `ambiguous`, `nothing matched`, `into`,
-            `coverage`, `dtype`, `overlap` or `wrappers`.
+            `coverage`, `dtype`, `overlap`, `incomplete` or `conversion` (a conversion that does not work out), `adapter`,
+            `fill` or `wrappers`.
         message: What, where, and the line to type.
         names: The entries or keys concerned.
     """
@@ -47,19 +50,36 @@ class Assignment:
 
     Attributes:
         target: The entry, as the model spells it.
-        sources: Checkpoint keys, as the file spells them; empty for an alias that another entry gives its value.
+        sources: Checkpoint keys, as the file spells them; empty for a constant and for an alias of another entry.
         part: Index into `Plan.parts` of the source it comes from.
         shape: Shape of the entry.
+        dtype: The dtype it gets.
+        source_shape: Shape of what the checkpoint, or the conversion, gives.
         cast: (dtype in the checkpoint, dtype in the model) where they differ, else None.
         alias_of: The tied entry that is written in its place, else None.
+        conversion: What makes its value from its keys, else None.
+        output: Index of its value among the conversion's outputs.
+        adapter: What brings the value into the entry's shape, else None.
+        fill: The constant it gets, else None.
     """
 
     target: str
     sources: tuple[str, ...]
     part: int
-    shape: tuple[int, ...]
+    shape: Shape
+    dtype: torch.dtype
+    source_shape: Shape
     cast: tuple[torch.dtype, torch.dtype] | None = None
     alias_of: str | None = None
+    conversion: Derivation | None = None
+    output: int = 0
+    adapter: Adapter | None = None
+    fill: float | None = None
+
+    @property
+    def loaded(self) -> Tensor | None:
+        """Which elements come from the checkpoint: booleans that broadcast to `shape`; None where all of them do."""
+        return None if self.adapter is None else self.adapter.loaded(self.source_shape, self.shape)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from warmstart.mapping.grouping import pasteable, printable
 from warmstart.mapping.targets import Targets
 from warmstart.patterns import PatternSet, nearest
 
-_GUESSES = 8  # rules for which the nearest names are looked up: it costs more than planning itself
+GUESSES = 8  # rules for which the nearest names are looked up: it costs more than planning itself
 
 
 def report_unused(patterns: PatternSet, names: Collection[str], what: str, errors: list[Problem]) -> None:
     for number, pattern in enumerate(patterns.without_hit()):
-        near = did_you_mean(pattern.text, names) if number < _GUESSES else ""
+        near = did_you_mean(pattern.text, names) if number < GUESSES else ""
         message = (
             f"{patterns.where}={pattern.text!r} matches no {what}{near}; leave it out, or start it with '?' if it may "
             "match nothing"

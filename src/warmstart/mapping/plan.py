@@ -9,10 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Literal
 
+from torch import Tensor
 from typing_extensions import TypeVar
 
+from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
+from warmstart.mapping.adapters.rows import MapRows
 from warmstart.mapping.buckets import Buckets
+from warmstart.mapping.declared import plain
+from warmstart.mapping.lock import to_yaml
+from warmstart.mapping.reversing import ReversedCheckpoint
 from warmstart.mapping.table import lines
 from warmstart.tensors import dtype_name
 
@@ -32,9 +38,14 @@ class Plan(Buckets, Generic[R]):
 
     @property
     def mapping(self) -> dict[str, tuple[str, ...]]:
-        """Entry to the checkpoint keys it gets its value from; a tied entry shows the keys of the one it is tied to."""
+        """Entry to the checkpoint keys it gets its value from, `()` for a constant; a tied entry shows its twin's keys."""
         sources = {a.target: a.sources for a in self.assignments}
-        return {a.target: a.sources or sources[a.alias_of or ""] for a in self.assignments}
+        return {a.target: sources[a.alias_of] if a.alias_of is not None else a.sources for a in self.assignments}
+
+    @property
+    def held_rows(self) -> dict[str, Tensor | None]:
+        """Entries of which only the rows that do not come from the checkpoint train; its rows as booleans, None: all."""
+        return {a.target: a.loaded for a in self.assignments if isinstance(a.adapter, MapRows) and a.adapter.freeze_old}
 
     @property
     def prefix(self) -> tuple[str, str] | None:
@@ -91,6 +102,24 @@ class Plan(Buckets, Generic[R]):
         head = f"plan: {len(self.assignments)} tensors, {self.coverage:.2%} of elements <- {sources}"
         return "\n".join([head, *(f"  {line}" for line in lines(self)), *(f"  note: {note}" for note in self.notes)])
 
+    def reverse(self, part: int | None = None) -> Checkpoint:
+        """The model as it is now in the checkpoint's own layout: the keys that were used, read lazily.
+
+        Right after `apply` it is the checkpoint, bit for bit; after training it is what the same codebase would have saved.
+
+        Args:
+            part: Which source's layout, as an index into `parts`; a plan with one source needs none.
+
+        Raises:
+            MappingError: A step has no inverse (a lossy adapter, narrowing, dropped rows); the message names each. Or the
+                plan has errors.
+        """
+        self.raise_errors()
+        if part is None and len(self.parts) > 1:
+            sources = ", ".join(f"{i}: {p.pretrained.label}" for i, p in enumerate(self.parts))
+            raise MappingError(f"the plan has {len(self.parts)} sources; say whose layout, reverse(0): {sources}")
+        return ReversedCheckpoint(self, part or 0)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types."""
         return {
@@ -113,6 +142,9 @@ class Plan(Buckets, Generic[R]):
                     "shape": list(a.shape),
                     "cast": [dtype_name(d) for d in a.cast] if a.cast else None,
                     "alias_of": a.alias_of,
+                    "conversion": a.conversion.label if a.conversion else None,
+                    "adapter": plain(a.adapter) if a.adapter else None,
+                    "fill": a.fill,
                 }
                 for a in self.assignments
             ],
@@ -129,6 +161,10 @@ class Plan(Buckets, Generic[R]):
             "errors": [{"kind": e.kind, "message": e.message} for e in self.errors],
             "notes": list(self.notes),
         }
+
+    def to_yaml(self) -> str:
+        """The decisions as a lock file: `load(..., lock=path)` refuses a run whose plan came out different."""
+        return to_yaml(self)
 
     def digest(self) -> str:
         """A SHA-256 of the decisions: equal for equal mappings, whatever the paths and the order of keys."""

@@ -10,8 +10,10 @@ from warmstart.checkpoints.base import Checkpoint
 from warmstart.mapping.buckets import Assignment, Mismatch, Problem
 from warmstart.mapping.grouping import listed, pasteable, printable
 from warmstart.mapping.hints import paste, report_unused
+from warmstart.mapping.keys import Key
 from warmstart.mapping.names import WRAPPER_SEGMENTS, without_wrappers
-from warmstart.mapping.part_planning import PartPlan, plan_part
+from warmstart.mapping.part import PartPlan
+from warmstart.mapping.part_planning import plan_part
 from warmstart.mapping.plan import Plan, R
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.targets import Target, Targets
@@ -41,48 +43,48 @@ def make_plan(
 def _joined(parts: list[PartPlan], targets: Targets, model: nn.Module, applier: Callable[..., R]) -> Plan[R]:
     errors = [problem for part in parts for problem in part.errors]
     notes = [note for part in parts for note in part.notes]
-    first: dict[str, tuple[int, str]] = {}  # canonical entry -> part and key that give it its value
-    assigned: dict[str, tuple[int, str]] = {}
+    first: dict[str, int] = {}  # canonical entry -> the part that gives it its value
+    assigned: dict[str, tuple[int, Key | None]] = {}  # None: a constant
     mismatched: dict[str, Mismatch] = {}
     given: dict[str, int] = {}  # entry -> the part that has a key for it, of the right shape or not
-    overlaps: dict[tuple[int, int], list[tuple[str, str, str]]] = {}
+    overlaps: dict[tuple[int, int], list[str]] = {}
     for number, part in enumerate(parts):
-        for name, key in part.assigned.items():
-            owner, other = first.setdefault(targets.entries[name].canonical, (number, key))
+        for name, key in [*part.assigned.items(), *((name, None) for name in part.filled)]:
+            owner = first.setdefault(targets.entries[name].canonical, number)
             if owner == number:
                 assigned[name] = (number, key)
                 given[name] = number
             else:
-                overlaps.setdefault((owner, number), []).append((name, other, key))
+                overlaps.setdefault((owner, number), []).append(name)
     for number, part in enumerate(parts):
         for name, mismatch in part.mismatched.items():
             owner = given.setdefault(name, number)
             if owner == number:
                 mismatched[name] = mismatch
             else:
-                other = assigned[name][1] if name in assigned else mismatched[name].keys[0]
-                overlaps.setdefault((owner, number), []).append((name, other, mismatch.keys[0]))
-    for (owner, number), rows in overlaps.items():
-        errors.append(_overlap(rows, parts[owner], parts[number], targets))
-        lost = [key for _, _, key in rows]
+                overlaps.setdefault((owner, number), []).append(name)
+    for (owner, number), names in overlaps.items():
+        errors.append(_overlap(names, parts[owner], parts[number], targets))
+        lost = [source for name in names for source in _keys_of(parts[number], name)]
         parts[number].unexpected += lost
         parts[number].reported.update(lost)
     in_scope = {name for part in parts for name in part.part.scope}
 
     assignments, missing, excluded = [], [], []
+    writers = {targets.entries[name].canonical: name for name in reversed(assigned)}
     for name, target in targets.entries.items():
-        group = first.get(target.canonical)
+        owner_of = first.get(target.canonical)
         if name in assigned:
             number, key = assigned[name]
-            info = parts[number].part.checkpoint.info(key)
-            keep = parts[number].part.pretrained.dtype == "checkpoint" or info.dtype == target.dtype
-            casts = None if keep else (info.dtype, target.dtype)
-            assignments.append(Assignment(name, (key,), number, target.shape, casts))
+            assignments.append(_assignment(target, key, number, parts[number]))
         elif name in in_scope and name in mismatched:
             continue
-        elif group is not None and name in in_scope:
-            writer = next(n for n in assigned if targets.entries[n].canonical == target.canonical)
-            assignments.append(Assignment(name, (), group[0], target.shape, alias_of=writer))
+        elif owner_of is not None and name in in_scope:
+            assignments.append(
+                Assignment(
+                    name, (), owner_of, target.shape, target.dtype, target.shape, alias_of=writers[target.canonical]
+                )
+            )
         elif name in in_scope:
             missing.append(name)
         else:
@@ -92,10 +94,10 @@ def _joined(parts: list[PartPlan], targets: Targets, model: nn.Module, applier: 
     # A source of which nothing is left or nothing fits has one error that says so; listing all its names would bury it.
     nothing = {i for i, part in enumerate(parts) if not part.assigned and not part.mismatched and part.errors}
     errors += unexcused(parts, targets, missing, mismatched, notes, nothing)
-    coverage = _coverage(in_scope, [a.target for a in assignments], targets)
-    errors += _too_little(parts, targets)
-    freeze = _to_freeze(parts, assignments, targets, errors)
-    untouched = {name for name in (*missing, *mismatched) if not _migrates(targets.entries[name])}
+    coverage = _coverage(in_scope, assignments, targets)
+    errors += _too_little(parts, assignments, targets)
+    freeze = _to_freeze(parts, assignments, targets, errors, notes)
+    untouched = {name for name in (*missing, *mismatched) if not _is_counter(targets.entries[name])}
     if random := [name for name in freeze if name in untouched]:
         notes.append(f"{len(random)} entries are frozen as they were initialised, without a value from a checkpoint")
     several = len(parts) > 1
@@ -117,21 +119,49 @@ def _joined(parts: list[PartPlan], targets: Targets, model: nn.Module, applier: 
     )
 
 
-def _overlap(rows: list[tuple[str, str, str]], first: PartPlan, second: PartPlan, targets: Targets) -> Problem:
-    names = tuple(name for name, _, _ in rows)
-    name, first_key, second_key = rows[0]
+def _assignment(target: Target, key: Key | None, number: int, part: PartPlan) -> Assignment:
+    if key is None:
+        fill = part.filled[target.name]
+        return Assignment(target.name, (), number, target.shape, target.dtype, target.shape, fill=fill)
+    assert key.shape is not None
+    dtype = key.dtype if part.part.pretrained.dtype == "checkpoint" else target.dtype
+    return Assignment(
+        target.name,
+        key.sources,
+        number,
+        key.shape if target.lazy or target.name in part.reshaped else target.shape,
+        dtype,
+        key.shape,
+        None if key.dtype == dtype else (key.dtype, dtype),
+        conversion=key.made,
+        output=key.output,
+        adapter=None if target.lazy else part.adapters.get(target.name),
+    )
+
+
+def _keys_of(part: PartPlan, name: str) -> tuple[str, ...]:
+    if name in part.mismatched:
+        return part.mismatched[name].keys
+    return part.assigned[name].sources if name in part.assigned else ()
+
+
+def _overlap(names: list[str], first: PartPlan, second: PartPlan, targets: Targets) -> Problem:
     labels = first.part.pretrained.label, second.part.pretrained.label
-    if len(rows) == 1:
-        what = f"'{name}' is given by two sources: '{printable(first_key)}' of {labels[0]} and '{printable(second_key)}' of"
-        what += f" {labels[1]}"
+    if len(names) == 1:
+        keys = [_quoted(_keys_of(part, names[0])) for part in (first, second)]
+        what = f"'{names[0]}' is given by two sources: {keys[0]} of {labels[0]} and {keys[1]} of {labels[1]}"
     else:
         shapes = ((name, str(targets.entries[name].shape)) for name in names)
-        what = f"{len(rows)} entries are given by two sources, {labels[0]} and {labels[1]}\n{listed(shapes)}"
+        what = f"{len(names)} entries are given by two sources, {labels[0]} and {labels[1]}\n{listed(shapes)}"
     message = (
         f"{what}\n  -> leave them to one of the two: Pretrained(..., {paste('exclude', names, targets)}), or give each "
         "its own into="
     )
-    return Problem("overlap", message, names)
+    return Problem("overlap", message, tuple(names))
+
+
+def _quoted(keys: tuple[str, ...]) -> str:
+    return " and ".join(f"'{printable(key)}'" for key in keys[:4]) + ", ..." * (len(keys) > 4) if keys else "a constant"
 
 
 def unexcused(
@@ -152,7 +182,8 @@ def unexcused(
             found.update(name for name in targets.entries if patterns.matches(*targets.spellings(name)))
             report_unused(patterns, names, "model entry", errors)
 
-    migrated = {name for name in missing if _migrates(targets.entries[name])}
+    migrated = _may_lack(missing, parts, targets)
+    excused["allow_missing"].update(*(part.excused for part in parts))
     if migrated:
         notes.append(
             f"{len(migrated)} num_batches_tracked are not in the file and keep their value, as in torch itself"
@@ -166,7 +197,8 @@ def unexcused(
         )
         errors.append(Problem("missing", message, tuple(open_missing)))
 
-    bad = {name: m for name, m in mismatched.items() if name not in excused["allow_mismatched"]}
+    refused = {name for part in parts for name in part.reported}
+    bad = {name: m for name, m in mismatched.items() if name not in excused["allow_mismatched"] | refused}
     if bad:
         rows = ((n, f"checkpoint {m.checkpoint_shape}, model {m.model_shape}") for n, m in bad.items())
         message = (
@@ -186,6 +218,13 @@ def unexcused(
         segments = WRAPPER_SEGMENTS - targets.clean_segments()
         hits = {k for k in keys if allowed.matches(k, without_wrappers(k, segments))} if allowed else set()
         report_unused(allowed, keys, "checkpoint key", errors)
+        for key in part.dangling:
+            if not hits.issuperset(key.sources):
+                message = (
+                    f"a conversion makes '{printable(key.name)}', {key.shape}, which fits nothing in the model, from "
+                    f"{_quoted(key.sources)}\n  -> correct its targets: {printable(key.made.label if key.made else '')}"
+                )
+                errors.append(Problem("unexpected", message, key.sources))
         left = [key for key in sorted(part.unexpected) if key not in hits and key not in part.reported]
         if left and number not in nothing:
             info = part.part.checkpoint.info
@@ -199,33 +238,52 @@ def unexcused(
     return errors
 
 
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(printable, names[:4])) + ", ..." * (len(names) > 4)
+
+
 def _count(names: Collection[str], one: str, many: str) -> str:
     return f"{len(names)} {one if len(names) == 1 else many}"
 
 
-def _migrates(target: Target) -> bool:
-    """Whether torch itself lets an old file leave the entry out (BatchNorm's counter, added in version 2)."""
+def _is_counter(target: Target) -> bool:
     return target.leaf == "num_batches_tracked" and isinstance(target.owner, nn.modules.batchnorm._NormBase)
 
 
-def _coverage(scope: Collection[str], loaded: Sequence[str], targets: Targets) -> float:
-    def elements(names: Collection[str]) -> int:
-        unique = {targets.entries[name].canonical for name in names}
-        return sum(targets.entries[name].tensor.numel() for name in unique)
-
-    total = elements(scope)
-    return elements(loaded) / total if total else float(bool(loaded))
-
-
-def _too_little(parts: list[PartPlan], targets: Targets) -> list[Problem]:
-    errors = []
+def _may_lack(missing: Sequence[str], parts: list[PartPlan], targets: Targets) -> set[str]:
+    """The entries that torch itself lets an old file leave out: BatchNorm's counter, which came with version 2."""
+    counters = [name for name in missing if _is_counter(targets.entries[name])]
+    if not counters:
+        return set()
+    versions: dict[int, object] = {}
     for part in parts:
+        for name, key in part.assigned.items():
+            path = key.spelled.rpartition(".")[0]
+            if version := part.part.checkpoint.versions.get(path, {}).get("version"):
+                versions[id(targets.entries[name].owner)] = version
+    known = {name: versions.get(id(targets.entries[name].owner)) for name in counters}
+    return {name for name, version in known.items() if not isinstance(version, int) or version < 2}
+
+
+def _coverage(scope: Collection[str], assignments: Sequence[Assignment], targets: Targets) -> float:
+    """Share of the elements in scope that are loaded; of a partly loaded entry, those that are."""
+    total = sum(targets.entries[name].numel for name in {targets.entries[name].canonical for name in scope})
+    loaded: dict[str, float] = {}
+    for assignment in assignments:
+        canonical = targets.entries[assignment.target].canonical
+        if assignment.alias_of is None:
+            share = 1.0 if (mask := assignment.loaded) is None else mask.sum().item() / mask.numel()
+            loaded[canonical] = share * targets.entries[canonical].numel
+    return sum(loaded.values()) / total if total else float(bool(assignments))
+
+
+def _too_little(parts: list[PartPlan], assignments: Sequence[Assignment], targets: Targets) -> list[Problem]:
+    errors = []
+    for number, part in enumerate(parts):
         least = part.part.pretrained.min_coverage
         if least is None:
             continue
-        loaded = {targets.entries[name].canonical for name in part.assigned}
-        aliases = [name for name in part.part.scope if targets.entries[name].canonical in loaded]
-        coverage = _coverage(part.part.scope, aliases, targets)
+        coverage = _coverage(part.part.scope, [a for a in assignments if a.part == number], targets)
         if coverage < least:
             message = (
                 f"{part.part.pretrained.label} loads {coverage:.2%} of the elements in scope, less than the "
@@ -236,13 +294,22 @@ def _too_little(parts: list[PartPlan], targets: Targets) -> list[Problem]:
 
 
 def _to_freeze(
-    parts: list[PartPlan], assignments: Sequence[Assignment], targets: Targets, errors: list[Problem]
+    parts: list[PartPlan],
+    assignments: Sequence[Assignment],
+    targets: Targets,
+    errors: list[Problem],
+    notes: list[str],
 ) -> tuple[str, ...]:
     names: set[str] = set()
+    # What is only partly loaded has to learn the rest.
+    partly = {targets.entries[a.target].canonical for a in assignments if a.loaded is not None}
     for number, part in enumerate(parts):
         freeze = part.part.pretrained.freeze
         if freeze is True:
-            names.update(a.target for a in assignments if a.part == number)
+            loaded = [a.target for a in assignments if a.part == number]
+            names.update(name for name in loaded if targets.entries[name].canonical not in partly)
+            if trains := [name for name in loaded if targets.entries[name].canonical in partly]:
+                notes.append(f"{_few(trains)} stays trainable, because it was only partly loaded")
         elif freeze:
             patterns = PatternSet(freeze, where="freeze")
             names.update(name for name in targets.entries if patterns.matches(*targets.spellings(name)))

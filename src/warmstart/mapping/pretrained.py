@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, SupportsFloat, TypeAlias, TypedDict
 
 import numpy as np
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
 from warmstart.locations import public
+from warmstart.mapping.adapters.base import Adapter
+from warmstart.mapping.adapters.registry import adapter
+from warmstart.mapping.conversions.conversion import Conversion, conversion
+from warmstart.mapping.declared import plain
 from warmstart.patterns import Patterns, as_patterns
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor | np.ndarray[Any, Any]] | nn.Module | Checkpoint
@@ -31,7 +35,11 @@ class PretrainedFields(TypedDict, total=False):
     into: str
     include: str | Sequence[str]
     exclude: str | Sequence[str]
+    match: Literal["prefix", "suffix"]
     rename: Mapping[str, str] | Sequence[Mapping[str, str]]
+    convert: Sequence[Conversion | Mapping[str, Any]]
+    adapt: Mapping[str, Adapter | Mapping[str, Any] | str]
+    fill: Mapping[str, float]
     allow_missing: str | Sequence[str]
     allow_unexpected: str | Sequence[str]
     allow_mismatched: str | Sequence[str]
@@ -58,8 +66,15 @@ class Pretrained:
         into: The submodule to load into; what lies outside is out of scope.
         include: Narrow the scope to the model entries that these patterns match.
         exclude: Take the model entries that these patterns match out of the scope.
+        match: `"suffix"` matches each key with the entry of the longest common suffix of whole segments and of equal shape,
+            instead of inferring one prefix; what ties is an error.
         rename: Regex to replacement on keys, in whole path segments. One mapping is one simultaneous stage, a list is
             stages in order. A rule that starts with `?` may hit nothing.
+        convert: Conversions, which make, merge, multiply or re-number tensors, as objects or as
+            `{sources: ..., targets: ..., ops: [...]}`.
+        adapt: Pattern of model entries to the adapter that makes them of a tensor of another shape, as an object or as
+            `{resize_pos_embed: {prefix_tokens: 1}}`.
+        fill: Pattern of model entries to the constant they get instead of a key.
         allow_missing: Model entries that may keep their own initialisation.
         allow_unexpected: Checkpoint keys that may stay unused.
         allow_mismatched: Model entries of another shape that may keep their own initialisation.
@@ -84,7 +99,11 @@ class Pretrained:
     into: str = ""
     include: Patterns = ()
     exclude: Patterns = ()
+    match: Literal["prefix", "suffix"] = "prefix"
     rename: Renames = ()
+    convert: Sequence[Conversion | Mapping[str, Any]] = ()
+    adapt: Mapping[str, Adapter | Mapping[str, Any] | str] = field(default_factory=dict)
+    fill: Mapping[str, float] = field(default_factory=dict)
     allow_missing: Patterns = ()
     allow_unexpected: Patterns = ()
     allow_mismatched: Patterns = ()
@@ -110,6 +129,11 @@ class Pretrained:
         if not isinstance(self.freeze, bool):
             self._set("freeze", _plain_patterns(self.freeze, "freeze"))
         self._set("rename", _plain_renames(self.rename))
+        self._set("convert", _conversions(self.convert))
+        self._set(
+            "adapt", {pattern: adapter(how, f"adapt[{pattern!r}]") for pattern, how in _by_pattern(self, "adapt")}
+        )
+        self._set("fill", {pattern: _number(value, pattern) for pattern, value in _by_pattern(self, "fill")})
         if not isinstance(self.into, str):
             raise TypeError(
                 f'into={self.into!r}: the path of a submodule, such as into="encoder"; "" is the whole model'
@@ -117,6 +141,8 @@ class Pretrained:
         if not isinstance(self.strip_prefix, str | None):
             raise TypeError(f'strip_prefix={self.strip_prefix!r}: a leading path; None infers one, "" strips nothing')
         self._set("into", self.into.strip("."))
+        if self.match not in ("prefix", "suffix"):
+            raise MappingError(f'match={self.match!r}: write match="prefix" or match="suffix"')
         if self.dtype not in ("model", "checkpoint"):
             raise MappingError(f'dtype={self.dtype!r}: write dtype="model" or dtype="checkpoint"')
         if self.min_coverage is not None:
@@ -137,6 +163,16 @@ class Pretrained:
         return (self.rename,) if isinstance(self.rename, Mapping) else tuple(self.rename)
 
     @property
+    def conversions(self) -> tuple[Conversion, ...]:
+        """`convert`, as objects."""
+        return tuple(conversion(item, "convert") for item in self.convert)
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """`adapt`, as objects."""
+        return {pattern: adapter(how, "adapt") for pattern, how in self.adapt.items()}
+
+    @property
     def label(self) -> str:
         """The source in a few words, for messages."""
         if isinstance(self.source, Checkpoint):
@@ -155,11 +191,14 @@ class Pretrained:
 
     def rules(self) -> dict[str, Any]:
         """Every field but the source that differs from its default, as plain data."""
-        return {
-            f.name: value
+        rules = {
+            f.name: plain(value)
             for f in fields(self)
-            if f.name != "source" and (value := getattr(self, f.name)) != f.default and value != []
+            if f.name != "source" and (value := getattr(self, f.name)) != f.default and value not in ([], {})
         }
+        if "convert" in rules:  # all of one kind: the name of the kind says nothing
+            rules["convert"] = [item["conversion"] for item in rules["convert"]]
+        return rules
 
     def __repr__(self) -> str:
         rules = "".join(f", {name}={value!r}" for name, value in self.rules().items())
@@ -215,6 +254,28 @@ def _plain_renames(value: Any) -> dict[str, str] | list[dict[str, str]]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain_stage(stage) for stage in value]
     raise TypeError(f"rename={value!r}: a mapping of regex to replacement, or a list of such mappings")
+
+
+def _conversions(value: Any) -> list[Conversion]:
+    if isinstance(value, Conversion | Mapping):
+        value = [value]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"convert={value!r}: a list of Conversion(sources, targets, ops)")
+    return [conversion(item, f"convert[{number}]") for number, item in enumerate(value)]
+
+
+def _by_pattern(pretrained: Pretrained, name: str) -> list[tuple[str, Any]]:
+    value = getattr(pretrained, name)
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}={value!r}: a mapping from patterns of model entries")
+    as_patterns(list(value), where=name)
+    return list(value.items())
+
+
+def _number(value: Any, pattern: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        raise TypeError(f"fill[{pattern!r}]={value!r}: a number")
+    return float(value)
 
 
 def _plain_stage(stage: Any) -> dict[str, str]:

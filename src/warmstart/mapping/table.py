@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from warmstart.mapping.adapters.base import Adapter
 from warmstart.mapping.buckets import Assignment, Buckets
+from warmstart.mapping.declared import plain
 from warmstart.mapping.grouping import grouped, printable
 from warmstart.tensors import dtype_name
 
@@ -14,7 +16,8 @@ class Row:
     """One group of tensors.
 
     Attributes:
-        status: `loaded`, `loaded, frozen`, `tied`, `own init`, `out of scope`, `unused key` or `ignored key`.
+        status: `loaded`, `adapted` or `filled`, each also as `..., frozen`; `tied`, `own init`, `out of scope`, `unused key`,
+            `ignored key`.
         target: Template of the entries' names; for keys without an entry, of the keys' own.
         source: How the keys are named: `same name`, `from features.#.*`, `no key`, ...
         shape: Their shape, and the checkpoint's where it is another.
@@ -33,6 +36,9 @@ def rows(plan: Buckets) -> list[Row]:
     out: list[Row] = []
     frozen = set(plan.freeze)
     keys = {a.target: a.sources[0] for a in plan.assignments if a.sources}
+    whole = [a for a in plan.assignments if a.alias_of is None and a.adapter is None and a.fill is None]
+    adapted = [a for a in plan.assignments if a.adapter is not None]
+    filled = [a for a in plan.assignments if a.fill is not None]
 
     def add(status: str, items: list[tuple[str, tuple[str, str]]]) -> None:
         for group in grouped(items):
@@ -41,12 +47,15 @@ def rows(plan: Buckets) -> list[Row]:
                 source = f"from {printable(keys[group.names[0]])}"
             out.append(Row(status, printable(group.template), source, shape, len(group)))
 
-    loaded = [a for a in plan.assignments if a.alias_of is None]
-    for status, chosen in (("loaded, frozen", True), ("loaded", False)):
-        add(
-            status,
-            [(a.target, (_source(a.target, a.sources), _shape(a))) for a in loaded if (a.target in frozen) == chosen],
-        )
+    for status, chosen, group in (
+        ("loaded, frozen", True, whole),
+        ("loaded", False, whole),
+        ("adapted, frozen", True, adapted),
+        ("adapted", False, adapted),
+        ("filled, frozen", True, filled),
+        ("filled", False, filled),
+    ):
+        add(status, [(a.target, (_source(a), _shape(a))) for a in group if (a.target in frozen) == chosen])
     add("tied", [(a.target, (f"is {a.alias_of}", str(a.shape))) for a in plan.assignments if a.alias_of is not None])
     entries = plan.targets.entries
     add("own init", [(name, ("no key", str(entries[name].shape))) for name in plan.missing])
@@ -77,13 +86,27 @@ def lines(plan: Buckets, limit: int = 40) -> list[str]:
     return out
 
 
-def _source(target: str, sources: tuple[str, ...]) -> str:
+def _source(assignment: Assignment) -> str:
+    """Where a value comes from: a conversion, a constant, or a key, whose name is said as it differs from its entry's."""
+    if assignment.fill is not None:
+        return f"constant {assignment.fill:g}"
+    how = f", {_adapter(assignment.adapter)}" if assignment.adapter else ""
+    if assignment.conversion is not None:
+        return f"by {printable(assignment.conversion.label)}{how}"
+    return renaming(assignment.target, assignment.sources[0]) + how
+
+
+def _adapter(adapter: Adapter) -> str:
+    ((name, options),) = plain(adapter).items()
+    return f"{name} {', '.join(f'{k}={v}' for k, v in options.items())}".rstrip()
+
+
+def renaming(target: str, key: str) -> str:
     """How a key's name differs from its entry's, said so that like differences read alike.
 
     The segments that both end in are `*`. Of the rest, an index that the entry has at the same turn is `#`: which key goes
     where is then told by the entry's own indices.
     """
-    key = sources[0]
     if key == target:
         return "same name"
     t, k = target.split("."), key.split(".")
@@ -104,10 +127,13 @@ def _source(target: str, sources: tuple[str, ...]) -> str:
 
 
 def _shape(assignment: Assignment) -> str:
+    shape = str(assignment.shape)
+    if assignment.source_shape != assignment.shape:
+        shape += f" of {assignment.source_shape}"
     if assignment.cast is None:
-        return str(assignment.shape)
+        return shape
     source, target = map(dtype_name, assignment.cast)
-    return f"{assignment.shape} {source} to {target}"
+    return f"{shape} {source} to {target}"
 
 
 def _keys(plan: Buckets, names: tuple[object, ...]) -> list[tuple[str, tuple[str, str]]]:

@@ -38,8 +38,18 @@ class Target:
     alias_of: str | None = None
 
     @property
+    def lazy(self) -> bool:
+        """Whether it has no shape yet: a load gives it the checkpoint's."""
+        return bool(is_lazy(self.tensor))
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
+        """Its shape; `()` for a lazy one, which has none yet."""
+        return () if self.lazy else tuple(self.tensor.shape)
+
+    @property
+    def numel(self) -> int:
+        return 0 if self.lazy else self.tensor.numel()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,6 +73,7 @@ class Targets:
         wrapper_own: Names that wrapper modules hold themselves (an averaged model's counter).
         wrapped: Type names of the wrappers met.
         clean_paths: Module path as spelled to its clean path.
+        clean_modules: Clean path to the innermost module there, past its wrappers.
         groups: First name to all names, of every tensor that has more than one.
     """
 
@@ -73,6 +84,7 @@ class Targets:
     wrapper_own: set[str] = field(default_factory=set)
     wrapped: set[str] = field(default_factory=set)
     clean_paths: dict[str, str] = field(default_factory=dict)
+    clean_modules: dict[str, nn.Module] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
@@ -80,7 +92,7 @@ class Targets:
         """All entries of `model`.
 
         Raises:
-            MappingError: An entry has no shape yet (lazy), no storage (meta) or only a shard; or two entries have one name.
+            MappingError: An entry is only a shard, or two entries have one name.
         """
         targets = cls()
         seen: dict[object, str] = {}
@@ -124,7 +136,7 @@ class Live:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = {id(module) for module in model.modules()}
-        self._tensors = {id(t) for t in [*model.parameters(), *model.buffers()]}
+        self.tensors = {id(t) for t in [*model.parameters(), *model.buffers()]}
 
     def has(self, module: nn.Module) -> bool:
         return id(module) in self._modules
@@ -135,7 +147,7 @@ class Live:
             tensor = members.get(target.leaf)
             if tensor is not None:
                 return tensor
-        return target.tensor if id(target.tensor) in self._tensors else None
+        return target.tensor if id(target.tensor) in self.tensors else None
 
 
 def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
@@ -151,6 +163,8 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
         targets.modules.setdefault(clean, module)
         targets.modules.setdefault(path, module)
         targets.clean_paths.setdefault(path, clean)
+        if wrapper is None:
+            targets.clean_modules.setdefault(clean, module)
         for kind, members in (("parameter", module._parameters), ("buffer", module._buffers)):
             for leaf, tensor in members.items():
                 if tensor is None:
@@ -186,18 +200,6 @@ def _identity(tensor: Tensor, seen: dict[object, str], name: str) -> str:
 
 
 def _refuse_unready(targets: Targets) -> None:
-    lazy = [name for name, t in targets.entries.items() if is_lazy(t.tensor)]
-    if lazy:
-        raise MappingError(
-            f"{lazy[0]} (one of {len(lazy)}) is lazy and has no shape yet; run one forward pass of the model on a dummy "
-            "batch before loading"
-        )
-    meta = [name for name, t in targets.entries.items() if t.tensor.device.type == "meta"]
-    if meta:
-        raise MappingError(
-            f"{meta[0]} (one of {len(meta)}) is on the meta device and has no memory to write to; build the model on a "
-            "real device first, for example `model = Net()` outside `torch.device('meta')`"
-        )
     sharded = [name for name, t in targets.entries.items() if type(t.tensor).__name__ == "DTensor"]
     if sharded:
         raise MappingError(

@@ -1,0 +1,116 @@
+"""Some rows of a parameter stay bit for bit what they are, while the others train."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from warmstart.tensors import digest, sample
+
+
+class HeldRows:
+    """Holds rows of one parameter, as slices along one dimension.
+
+    They get no gradient; and because weight decay and momentum move what has none, they are put back after every step of
+    any torch optimizer that holds the parameter.
+
+    Attributes:
+        tensor: The parameter.
+        dim: The dimension that the rows are counted along.
+        index: The rows, an int64 tensor.
+    """
+
+    def __init__(self, tensor: Tensor, mask: Tensor | None) -> None:
+        """Hold what a mask says.
+
+        Args:
+            tensor: The parameter.
+            mask: Booleans that broadcast to it and vary along one dimension at most; None holds every row.
+        """
+        self.tensor = tensor
+        varying = [d for d in range(tensor.dim()) if mask is not None and mask.shape[d - tensor.dim()] > 1]
+        self.dim = varying[0] if varying else 0
+        size = tensor.shape[self.dim]
+        rows = torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).expand(size)
+        self.index = rows.nonzero().reshape(-1).to(tensor.device)
+        self._kept: Tensor | None = None
+        self._hook = None
+        if tensor.requires_grad:
+            self._hook = tensor.register_hook(self._without_gradient)  # type: ignore[no-untyped-call]
+        self.rebase()
+        _watch(self)
+
+    @property
+    def mask(self) -> Tensor:
+        """The held rows as booleans that broadcast to the parameter."""
+        size = self.tensor.shape[self.dim]
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[self.index.cpu()] = True
+        return mask.reshape([size if d == self.dim else 1 for d in range(self.tensor.dim())])
+
+    def rows(self) -> Tensor:
+        """A copy of the held rows."""
+        return self.tensor.detach().index_select(self.dim, self.index)
+
+    def rebase(self) -> None:
+        """Take the present values as the held ones."""
+        rows = self.rows()
+        self._digests = (rows.dtype, digest(rows), digest(sample(rows)))
+
+    def unchanged(self, *, sampled: bool) -> bool:
+        """Whether the rows are what they were, bit for bit; a cast that the host made is taken as the new value."""
+        rows = self.rows()
+        if rows.dtype != self._digests[0]:
+            self.rebase()
+            return True
+        return digest(sample(rows)) == self._digests[2] if sampled else digest(rows) == self._digests[1]
+
+    def release(self) -> None:
+        """Let the rows train."""
+        if self._hook is not None:
+            self._hook.remove()
+        _ACTIVE.discard(self)
+
+    def _without_gradient(self, grad: Tensor) -> Tensor:
+        if grad.is_sparse:  # of an embedding with sparse=True: (row, value) pairs
+            grad = grad.coalesce()
+            free = ~torch.isin(grad.indices()[0], self.index)
+            return torch.sparse_coo_tensor(
+                grad.indices()[:, free], grad.values()[free], grad.shape, is_coalesced=True, check_invariants=False
+            )
+        return grad.index_fill(self.dim, self.index.to(grad.device), 0)
+
+    def _before_step(self) -> None:
+        self._kept = self.rows()
+
+    def _after_step(self) -> None:
+        if self._kept is not None:
+            with torch.no_grad():
+                self.tensor.index_copy_(self.dim, self.index, self._kept)
+            self._kept = None
+
+
+# The hooks are torch's own, for all optimizers; they are set once, with the first rows that are held.
+_ACTIVE: weakref.WeakSet[HeldRows] = weakref.WeakSet()
+_hooks: list[Any] = []
+
+
+def _watch(rows: HeldRows) -> None:
+    _ACTIVE.add(rows)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(lambda opt, args, kwargs: _each(opt, before=True)))
+        _hooks.append(register_optimizer_step_post_hook(lambda opt, args, kwargs: _each(opt, before=False)))
+
+
+def _each(optimizer: torch.optim.Optimizer, *, before: bool) -> None:
+    held = list(_ACTIVE)
+    if not held:
+        return
+    params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for rows in held:
+        if id(rows.tensor) in params:
+            rows._before_step() if before else rows._after_step()

@@ -1,0 +1,183 @@
+"""Meta and lazy entries: memory of their own, and the initialisation that their owner would have given them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin, is_lazy
+
+from warmstart.mapping.grouping import listed
+from warmstart.mapping.names import join, strip
+from warmstart.mapping.plan import Plan
+from warmstart.tensors import same_bits
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """A module that has to initialise some of its own tensors, because nothing else gives them a value.
+
+    Attributes:
+        path: Its path in the model.
+        module: The module.
+        leaves: Names of its tensors on meta that get no value, or not all of their elements.
+        initialise: Initialises the whole module; None if it has no way to.
+    """
+
+    path: str
+    module: nn.Module
+    leaves: tuple[str, ...]
+    initialise: Callable[[nn.Module], object] | None
+
+
+def materialise(plan: Plan) -> list[str]:
+    """Give what is in scope and on meta, or lazy, memory, and let owners initialise what the plan gives no value.
+
+    A tensor on meta is swapped for a real one inside its own object, so that ties, names and whoever holds it keep it.
+    Only an owner's initialisation draws random numbers, in the order of the model. What else the owner holds is put back.
+
+    Returns:
+        Notes on what was initialised.
+    """
+    with torch.no_grad():
+        for assignment in plan.assignments:
+            if (tensor := plan.targets.entries[assignment.target].tensor) is not None and is_lazy(tensor):
+                assert isinstance(tensor, UninitializedTensorMixin)
+                tensor.materialize(assignment.shape, dtype=assignment.dtype)
+        owners = list(_owners(plan))
+        own = [(owner, _held(owner.module)) for owner in owners]
+        for tensor in _on_meta(plan).values():
+            torch.utils.swap_tensors(tensor, _real(tensor))
+        for owner, held in own:
+            for leaf in owner.leaves:
+                tensor = held[leaf]
+                if tensor.is_meta:
+                    torch.utils.swap_tensors(tensor, _real(tensor))
+            kept = {leaf: t.clone() for leaf, t in held.items() if leaf not in owner.leaves and not t.is_meta}
+            assert owner.initialise is not None
+            owner.initialise(owner.module)
+            for leaf, value in kept.items():
+                held[leaf].copy_(value)
+    if not owners:
+        return []
+    names = [join(owner.path, leaf) for owner in owners for leaf in owner.leaves]
+    return [f"{len(names)} entries were on meta and were initialised by their own modules: {', '.join(names[:4])}"]
+
+
+def uninitialisable(plan: Plan) -> list[str]:
+    """What a load would leave on meta or without a value, in words; decided on copies, with no random number drawn."""
+    lost = []
+    for owner in _owners(plan):
+        left = owner.leaves if owner.initialise is None else _untouched(owner)
+        kind = type(owner.module).__name__
+        why = "has no reset_parameters()" if owner.initialise is None else "does not set it when it initialises itself"
+        lost += [(join(owner.path, leaf), f"{kind} {why}") for leaf in left]
+    if not lost:
+        return []
+    buffers = {name for name, _ in lost} & _transient(plan)
+    fix = (
+        "build the model with real buffers: `with torch.device('meta')` moves them too, "
+        "accelerate.init_empty_weights(include_buffers=False) does not"
+        if len(buffers) == len(lost)
+        else f'give them a constant, fill={{"{lost[0][0]}": 0.0}}, or build the model on a real device'
+    )
+    return [
+        f"meta: {len(lost)} entries are on the meta device and nothing gives them a value\n{listed(lost)}\n  -> {fix}"
+    ]
+
+
+def _on_meta(plan: Plan) -> dict[int, Tensor]:
+    """The distinct tensors in scope that are on meta, and what is tied to them."""
+    scope = {name for part in plan.parts for name in part.scope}
+    entries = (plan.targets.entries[name] for name in plan.targets.entries if name in scope)
+    return {id(t.tensor): t.tensor for t in entries if not t.lazy and t.tensor.is_meta}
+
+
+def _owners(plan: Plan) -> Iterator[_Owner]:
+    """The modules in scope that have tensors on meta without a value, in the model's order."""
+    if not _on_meta(plan) and not _transient(plan):
+        return
+    # An alias is the same tensor as the entry that is written in its place.
+    written = (a for a in plan.assignments if a.alias_of is None and a.loaded is None)
+    whole = {id(plan.targets.entries[a.target].tensor) for a in written}
+    scope = {name for part in plan.parts for name in part.scope}
+    roots = [plan.targets.clean_paths.get(part.pretrained.into, part.pretrained.into) for part in plan.parts]
+    met: set[int] = set()
+    for path, module in plan.model.named_modules():
+        clean = plan.targets.clean_paths.get(path, path)
+        inside = any(not root or clean == root or strip(clean, root) is not None for root in roots)
+        leaves = []
+        for leaf, tensor in _held(module).items():
+            if not tensor.is_meta or id(tensor) in whole or id(tensor) in met:
+                continue
+            if join(path, leaf) in scope or (inside and leaf in module._non_persistent_buffers_set):
+                leaves.append(leaf)
+                met.add(id(tensor))
+        if leaves:
+            yield _Owner(path, module, tuple(leaves), _initialiser(plan.model, path, module))
+
+
+def _transient(plan: Plan) -> set[str]:
+    """Names of the non-persistent buffers that are on meta."""
+    return {
+        join(path, leaf)
+        for path, module in plan.model.named_modules()
+        for leaf in module._non_persistent_buffers_set
+        if (tensor := module._buffers.get(leaf)) is not None and tensor.is_meta
+    }
+
+
+def _held(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        leaf: t
+        for leaf, t in [*module._parameters.items(), *module._buffers.items()]
+        if t is not None and not is_lazy(t)
+    }
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A tensor like one on meta, with memory: on the default device, of the same dtype, strides, class and flags."""
+    device = torch.get_default_device()
+    real: Tensor = torch.empty_like(tensor, device="cpu" if device.type == "meta" else device)
+    if isinstance(tensor, nn.Parameter):
+        real = nn.Parameter(real, requires_grad=tensor.requires_grad)
+    real.__dict__.update(tensor.__dict__)
+    return real
+
+
+def _initialiser(model: nn.Module, path: str, module: nn.Module) -> Callable[[nn.Module], object] | None:
+    """The module's own `reset_parameters`, or the `_init_weights` of the nearest model above it, as transformers has it."""
+    if callable(getattr(module, "reset_parameters", None)):
+        return lambda owner: owner.reset_parameters()  # type: ignore[operator]
+    parts = path.split(".") if path else []
+    for depth in range(len(parts), -1, -1):
+        above = model.get_submodule(".".join(parts[:depth]))
+        if callable(init := getattr(above, "_init_weights", None)):
+            return init  # type: ignore[no-any-return]
+    return None
+
+
+def _untouched(owner: _Owner) -> list[str]:
+    """The leaves that the owner's initialisation does not write to, tried on a copy."""
+    trial = copy.deepcopy(owner.module)
+    held = _held(trial)
+    for tensor in held.values():
+        if tensor.is_meta:
+            torch.utils.swap_tensors(tensor, _real(tensor))
+    before = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for leaf in owner.leaves:
+            # A value that nobody initialises with, to be seen through writes that torch does not count (`.data`).
+            held[leaf].fill_(float("nan") if held[leaf].is_floating_point() or held[leaf].is_complex() else 90)
+            before[leaf] = (held[leaf], held[leaf].clone(), held[leaf]._version)
+        assert owner.initialise is not None
+        owner.initialise(trial)
+    after = _held(trial)
+    return [
+        leaf
+        for leaf, (tensor, value, version) in before.items()
+        if after.get(leaf) is tensor and tensor._version == version and same_bits(tensor, value)
+    ]

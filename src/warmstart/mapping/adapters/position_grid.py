@@ -1,0 +1,138 @@
+"""Absolute position embeddings: a table of one vector a position, on a grid of another size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from warmstart.errors import MappingError
+from warmstart.mapping.adapters.base import Adapter, Shape
+from warmstart.mapping.adapters.grids import (
+    Grid,
+    GridLike,
+    as_count,
+    as_grid,
+    left_out,
+    near_square,
+    regrid,
+    square,
+)
+from warmstart.mapping.adapters.refusals import KEEP_OWN, check_mode, refused, written
+from warmstart.mapping.adapters.resampling import wide
+
+_MOST_PREFIX_TOKENS = 16  # tried for a hint: class and distillation tokens, and that many registers
+
+
+@dataclass(frozen=True)
+class ResizePosEmbed(Adapter):
+    """A position table (1, tokens, dim) or (tokens, dim), resampled to another grid.
+
+    "bicubic" and "linear" are antialiased with pixel centres aligned, as in timm's `resample_abs_pos_embed`, computed in
+    float64. DINOv2's and transformers' own `interpolate_pos_encoding` leave antialiasing off, and with it take another
+    cubic: the two differ a little even where a grid only grows.
+
+    A grid left out is square; it is the whole table where the other grid is 1-D or the mode is "repeat". Equal token
+    counts without grids are copied bit for bit; with two different grids they are resampled.
+
+    Attributes:
+        prefix_tokens: Leading tokens without a place on the grid (class, distillation, registers), the same number on
+            both sides; they are copied bit for bit.
+        src_grid: The checkpoint's grid: (height, width), or the length of a 1-D table.
+        dst_grid: The model's grid.
+        mode: "bicubic" and "linear" stretch the table over the new grid; "repeat" starts it again where it ends, along
+            each axis: position i gets i mod n.
+
+    Raises:
+        MappingError: A value that cannot be meant.
+    """
+
+    prefix_tokens: int = 1
+    src_grid: GridLike = None
+    dst_grid: GridLike = None
+    mode: Literal["bicubic", "linear", "repeat"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefix_tokens", as_count(self.prefix_tokens, "prefix_tokens"))
+        object.__setattr__(self, "src_grid", as_grid(self.src_grid, "src_grid"))
+        object.__setattr__(self, "dst_grid", as_grid(self.dst_grid, "dst_grid"))
+        check_mode(self, self.mode, "bicubic", "linear", "repeat")
+
+    def check(self, source: Shape, target: Shape) -> None:
+        self._grids(source, target)
+
+    def apply(self, value: Tensor, current: Tensor) -> Tensor:
+        grids = self._grids(tuple(value.shape), tuple(current.shape))
+        if grids is None:
+            return value.to(current.dtype)
+        dim = value.ndim - 2
+        prefix, rows = value.tensor_split([self.prefix_tokens], dim)
+        resampled = regrid(wide(rows), dim, *grids, self.mode)
+        return torch.cat([prefix.to(current.dtype), resampled.to(current.dtype)], dim)
+
+    def no_inverse(self, source: Shape, target: Shape) -> str | None:
+        return None if self._grids(source, target) is None else "resampling loses what the checkpoint held"
+
+    def _grids(self, source: Shape, target: Shape) -> tuple[Grid, Grid] | None:
+        """The checkpoint's and the model's grid; None where the table is copied as it is."""
+        if not _is_table(source) or not _is_table(target) or _without_tokens(source) != _without_tokens(target):
+            why = "tables (1, tokens, dim) or (tokens, dim) are needed that differ in the number of tokens alone"
+            raise refused(source, target, why, KEEP_OWN)
+        src, dst = as_grid(self.src_grid, "src_grid"), as_grid(self.dst_grid, "dst_grid")
+        if src is None and dst is None and source == target:
+            return None
+        n, m = source[-2] - self.prefix_tokens, target[-2] - self.prefix_tokens
+        if n < 1 or m < 1:
+            why = f"no positions are left beside {self.prefix_tokens} prefix tokens"
+            raise refused(source, target, why, written(self, prefix_tokens=0) if self.prefix_tokens else KEEP_OWN)
+        line = self.mode == "repeat"
+        a, b = src or left_out(n, dst, line), dst or left_out(m, src, line)
+        if a is None or b is None:
+            raise self._unknown_grid(source, target, n, m)
+        if len(a) != len(b) or prod(a) != n or prod(b) != m:
+            why = (
+                f"grids {a} and {b} do not hold the {n} and {m} positions beside {self.prefix_tokens} prefix tokens"
+                if len(a) == len(b)
+                else f"grids {a} and {b} have different numbers of axes"
+            )
+            raise refused(source, target, why, self._suggested(n, m, len(b)))
+        return None if a == b else (a, b)
+
+    def _unknown_grid(self, source: Shape, target: Shape, n: int, m: int) -> MappingError:
+        no_squares = " and ".join(str(count) for count in sorted({n, m}) if square(count) is None)
+        why = (
+            f"{no_squares} positions beside {self.prefix_tokens} prefix tokens are no square grid; spell out the grids"
+        )
+        if self.src_grid is None and self.dst_grid is None:
+            of_source, of_target = _prefix_of_square(source[-2]), _prefix_of_square(target[-2])
+            if of_source is not None and of_source == of_target:
+                return refused(source, target, f"{why}, or the prefix tokens", written(self, prefix_tokens=of_source))
+            if of_source is not None and of_target is not None:
+                why += (
+                    f". With {of_source} prefix tokens in the checkpoint and {of_target} in the model both are squares, but "
+                    "their numbers must be equal: take the odd ones off first, with a conversion"
+                )
+        return refused(source, target, why, self._suggested(n, m, 2))
+
+    def _suggested(self, n: int, m: int, rank: int) -> str:
+        return written(
+            self,
+            src_grid=(n,) if rank == 1 else near_square(n),
+            dst_grid=(m,) if rank == 1 else near_square(m),
+        )
+
+
+def _is_table(shape: Shape) -> bool:
+    return len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
+
+
+def _without_tokens(shape: Shape) -> Shape:
+    return (*shape[:-2], *shape[-1:])
+
+
+def _prefix_of_square(tokens: int) -> int | None:
+    """The smallest number of prefix tokens that leaves a square."""
+    return next((k for k in range(_MOST_PREFIX_TOKENS + 1) if square(tokens - k)), None)

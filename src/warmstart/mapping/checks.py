@@ -1,0 +1,84 @@
+"""What one source's plan is checked for: casts that change the meaning, nothing assigned at all, a prefix that is wrong."""
+
+from __future__ import annotations
+
+import torch
+
+from warmstart.errors import MappingError
+from warmstart.mapping.grouping import listed, printable
+from warmstart.mapping.hints import paste
+from warmstart.mapping.names import Shapes, infer_prefix, matches
+from warmstart.mapping.part import PartPlan
+from warmstart.mapping.pretrained import Pretrained
+from warmstart.mapping.renames import Renamer
+from warmstart.mapping.targets import Targets
+from warmstart.tensors import bits_lost, castable, dtype_name
+
+
+def check_casts(out: PartPlan, targets: Targets) -> None:
+    pretrained = out.part.pretrained
+    kinds: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
+    narrowed: list[str] = []
+    for name, key in out.assigned.items():
+        source, target = key.dtype, targets.entries[name].dtype
+        if source == target:
+            continue
+        if not castable(source, target):
+            kinds.setdefault((source, target), []).append(name)
+        elif pretrained.dtype == "model" and bits_lost(source, target):
+            narrowed.append(name)
+    for (source, target), names in kinds.items():
+        message = (
+            f"{dtype_name(source)} in the checkpoint cannot become {dtype_name(target)} without another meaning:\n"
+            f"{listed((name, '') for name in names)}\n"
+            f"  -> leave them out, {paste('exclude', names, targets)}, or cast the source to {dtype_name(target)} first"
+        )
+        out.problem("dtype", message, tuple(names))
+    if narrowed and not pretrained.allow_narrowing:
+        message = (
+            f"{len(narrowed)} tensors would be rounded to the model's dtype:\n"
+            f"{listed((name, '') for name in narrowed)}\n"
+            "  -> allow_narrowing=True, or build the model in the checkpoint's dtype"
+        )
+        out.problem("dtype", message, tuple(narrowed))
+    elif narrowed:
+        out.notes.append(f"{len(narrowed)} tensors are rounded to the model's dtype")
+
+
+def check_nothing(out: PartPlan, named: Shapes, shapes: Shapes) -> None:
+    """Nothing fits at all: say what does not, and what would have."""
+    if not shapes or out.assigned or any(problem.kind == "ambiguous" for problem in out.errors):
+        return
+    if not named:
+        out.problem("nothing matched", f"select= leaves none of the {len(out.part.checkpoint)} keys; widen it")
+        return
+    if out.mismatched:
+        message = (
+            f"{len(out.mismatched)} names fit, but every key has another shape than its entry; is it the right file, or "
+            "the right size of the model?"
+        )
+        out.problem("nothing matched", message)
+        return
+    keys = "\n".join(f"    {printable(key)}  {shape}" for key, shape in list(named.items())[:4])
+    entries = "\n".join(f"    {name}  {shape}" for name, shape in list(shapes.items())[:4])
+    fix = out.hint or "  -> rename={regex: replacement} maps the first onto the second, if it is the right file at all"
+    message = (
+        f"none of the {len(named)} keys fits any of the {len(shapes)} model entries in scope\n"
+        f"  the checkpoint has keys such as\n{keys}\n  the model has entries such as\n{entries}\n{fix}"
+    )
+    out.problem("nothing matched", message)
+
+
+def better_prefix(plain: Shapes, shapes: Shapes, pretrained: Pretrained, assigned: int) -> str:
+    """The prefix that would match more keys than the one that was given, as a line to type; empty if there is none."""
+    renamer = Renamer(pretrained.stages)
+    try:
+        plain = {renamer(name): shape for name, shape in plain.items()}
+    except MappingError:
+        return ""
+    as_is, pairs = matches(plain, shapes), infer_prefix(plain, shapes)
+    best = pairs[0].score if len(pairs) == 1 else as_is
+    if best <= assigned:
+        return ""
+    what = f"{pairs[0]} is inferred then" if best > as_is else "the names are right as they are"
+    return f"  -> leave strip_prefix= out: {what}, and {best} of {len(plain)} keys match"
