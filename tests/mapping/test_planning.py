@@ -600,6 +600,7 @@ def test_field_note_16_the_wrong_architecture_is_asked_about():
     keys = {f"layer.{i}.{n}": (4, 16) for i in range(4) for n in "abc"} | {"stem": (3,)}
     plan = planned(entries, keys)
     assert "wrong architecture? only 1 of 13 entries have the checkpoint's shape" in plan.explain()
+    assert "in 12 of them it has 16 where the model has 4: build the model with 16 there" in plan.explain()
     two_heads = planned({"a": (1,), "b": (1,), "c": (1,)}, {"a": (2,), "b": (2,), "c": (1,)})
     assert "wrong architecture" not in two_heads.explain()
 

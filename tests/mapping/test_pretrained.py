@@ -56,7 +56,7 @@ def test_the_typed_fields_have_the_dataclass_s_types_and_are_all_optional():
     del hints["source"]
     assert get_type_hints(PretrainedFields) == hints
     assert PretrainedFields.__required_keys__ == frozenset()
-    assert all(f.default is not MISSING for f in fields(Pretrained) if f.name != "source")
+    assert all((f.default, f.default_factory) != (MISSING, MISSING) for f in fields(Pretrained) if f.name != "source")
 
 
 @pytest.mark.parametrize("name", PATTERN_FIELDS)

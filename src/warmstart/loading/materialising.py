@@ -44,9 +44,11 @@ def materialise(plan: Plan) -> list[str]:
     """
     with torch.no_grad():
         for assignment in plan.assignments:
-            if (tensor := plan.targets.entries[assignment.target].tensor) is not None and is_lazy(tensor):
-                assert isinstance(tensor, UninitializedTensorMixin)
+            tensor = plan.targets.entries[assignment.target].tensor
+            if isinstance(tensor, UninitializedTensorMixin):
                 tensor.materialize(assignment.shape, dtype=assignment.dtype)
+            elif tuple(tensor.shape) != assignment.shape:  # an observer's, which takes the shape of what it is given
+                tensor.resize_(assignment.shape)
         owners = list(_owners(plan))
         own = [(owner, _held(owner.module)) for owner in owners]
         for tensor in _on_meta(plan).values():

@@ -20,7 +20,7 @@ from warmstart.mapping.derivations import Shape
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.hints import GUESSES, did_you_mean, report_unused
 from warmstart.mapping.keys import Key
-from warmstart.mapping.load_hooks import honour
+from warmstart.mapping.load_hooks import honour, may_say
 from warmstart.mapping.names import Prefix, Shapes, infer_prefix, join, strip
 from warmstart.mapping.part import PartPlan
 from warmstart.mapping.pool import clean_keys, renamed, selected, without_collisions
@@ -166,14 +166,20 @@ def _with_prefix(keys: list[Key], prefix: Prefix, shapes: Shapes, out: PartPlan)
 
 def _by_their_modules(keys: list[Key], scope: Scope, targets: Targets, out: PartPlan) -> list[Key]:
     """Modules that load in a way of their own (old versions, parametrizations) have their say."""
+    if not any(may_say(module) for module in targets.clean_modules.values()):
+        return keys
+    above = {""}  # a module with nothing in scope is not asked
+    for name in scope.entries:
+        parts = name.split(".")
+        above.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
     modules = {}
     for path, module in targets.clean_modules.items():
         local = path if not scope.into else "" if path == scope.into else strip(path, scope.into)
-        if local is not None:
+        if local in above:
             modules[local] = module
     honoured = honour(keys, modules, out.part.checkpoint.versions, scope.into)
     out.notes += honoured.notes
-    out.ignored += honoured.ignored
+    out.ignored += [key.spelled for key in honoured.ignored]
     out.errors += honoured.errors
     out.excused = {scope.entries[name].name for name in honoured.excused if name in scope.entries}
     out.reshaped = {scope.entries[name].name for name in honoured.shapes if name in scope.entries}
@@ -288,7 +294,7 @@ def _fill(pretrained: Pretrained, scope: Scope, targets: Targets, out: PartPlan)
             target = targets.entries[name]
             key = given.get(target.canonical)
             shown = (
-                printable(key.sources[0])
+                printable(key.spelled)
                 if key
                 else printable(out.mismatched[name].keys[0])
                 if name in out.mismatched

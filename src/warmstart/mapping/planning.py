@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -125,17 +126,19 @@ def _assignment(target: Target, key: Key | None, number: int, part: PartPlan) ->
         return Assignment(target.name, (), number, target.shape, target.dtype, target.shape, fill=fill)
     assert key.shape is not None
     dtype = key.dtype if part.part.pretrained.dtype == "checkpoint" else target.dtype
+    reshapes = target.lazy or target.name in part.reshaped
     return Assignment(
         target.name,
         key.sources,
         number,
-        key.shape if target.lazy or target.name in part.reshaped else target.shape,
+        key.shape if reshapes else target.shape,
         dtype,
         key.shape,
         None if key.dtype == dtype else (key.dtype, dtype),
         conversion=key.made,
         output=key.output,
-        adapter=None if target.lazy else part.adapters.get(target.name),
+        adapter=None if reshapes else part.adapters.get(target.name),
+        reshapes=reshapes,
     )
 
 
@@ -209,6 +212,7 @@ def unexcused(
         if len(bad) > max(2, matched):
             message += (
                 f"\n  wrong architecture? only {matched} of {matched + len(bad)} entries have the checkpoint's shape"
+                f"{_sizes(bad.values())}"
             )
         errors.append(Problem("mismatched", message, tuple(bad)))
 
@@ -244,6 +248,18 @@ def _few(names: Sequence[str]) -> str:
 
 def _count(names: Collection[str], one: str, many: str) -> str:
     return f"{len(names)} {one if len(names) == 1 else many}"
+
+
+def _sizes(mismatches: Iterable[Mismatch]) -> str:
+    """Which size of the checkpoint stands most often where the model has another one."""
+    pairs: Counter[tuple[int, int]] = Counter()
+    for m in mismatches:
+        if len(m.checkpoint_shape) == len(m.model_shape):
+            pairs.update({(a, b) for a, b in zip(m.checkpoint_shape, m.model_shape, strict=True) if a != b})
+    if not pairs:
+        return "; the checkpoint's have another number of dimensions"
+    (theirs, ours), count = min(pairs.items(), key=lambda item: (-item[1], item[0]))
+    return f"; in {count} of them it has {theirs:,} where the model has {ours:,}: build the model with {theirs:,} there"
 
 
 def _is_counter(target: Target) -> bool:

@@ -53,7 +53,7 @@ class AdaptInChannels(Adapter):
             return value.to(current.dtype)
         n, m = value.shape[1], current.shape[1]
         if self.mode == "slice":
-            return value[:, :m].to(current.dtype)
+            return value[:, :m].to(current.dtype).contiguous()
         shares = torch.full((m, n), 1 / m, dtype=torch.float64) if self.mode == "mean" else _repeated(n, m)
         return along(wide(value), 1, shares).to(current.dtype)
 

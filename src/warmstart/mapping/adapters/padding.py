@@ -42,7 +42,7 @@ class SliceOrPad(Adapter):
         if value[common].shape == current.shape:
             return value[common].to(current.dtype)
         padded = (
-            current.detach().cpu().clone()
+            current.detach().to("cpu", copy=True)
             if self.fill == "keep"
             else torch.full(current.shape, self.fill, dtype=current.dtype)
         )

@@ -106,7 +106,7 @@ class MapRows(Adapter):
         if new_rows.size == current.shape[dim]:
             rows = torch.empty(current.shape, dtype=current.dtype)
         elif self.new_rows == "keep":
-            rows = current.detach().cpu().clone()
+            rows = current.detach().to("cpu", copy=True)
         elif self.new_rows == "mean":
             mean = _mean(value, dim, np.unique(old_rows)).to(current.dtype)
             rows = mean.expand(current.shape).clone(memory_format=torch.contiguous_format)
@@ -148,11 +148,8 @@ class MapRows(Adapter):
         if self.old is None:
             return np.array(self._new.names, dtype=np.int64), self._new.rows
         old = dict(zip(self._old.names, self._old.rows.tolist(), strict=True))
-        pairs = [
-            (old[name], row) for name, row in zip(self._new.names, self._new.rows.tolist(), strict=True) if name in old
-        ]
-        both = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-        return both[:, 0].copy(), both[:, 1].copy()
+        found = np.fromiter((old.get(name, -1) for name in self._new.names), dtype=np.int64, count=len(self._new))
+        return found[found >= 0], self._new.rows[found >= 0]
 
     def _dim(self, source: Shape, target: Shape) -> int:
         if not -len(source) <= self.dim < len(source):
