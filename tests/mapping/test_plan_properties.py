@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from warmstart.checkpoints.base import Checkpoint, FileStamp, TensorInfo
 from warmstart.mapping.names import WRAPPER_SEGMENTS
 from warmstart.tensors import same_bits
 
-some = settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 few = settings(some, max_examples=60)
 
 
@@ -150,12 +151,9 @@ FIELDS = st.fixed_dictionaries(
 @st.composite
 def models(draw: st.DrawFn) -> nn.Module:
     entries = draw(st.dictionaries(NAME, TENSOR, min_size=1, max_size=8))
-    names = sorted(entries)
-    buffers = draw(st.lists(st.sampled_from(names), max_size=2))
-    pairs = [(a, b) for a in entries for b in entries if a != b and not {a, b} & set(buffers)]
-    order = list(entries)
-    pairs = [(a, b) for a, b in pairs if order.index(a) < order.index(b)]
-    ties = [draw(st.sampled_from(pairs))] if pairs and draw(st.booleans()) else []
+    buffers = draw(st.lists(st.sampled_from(sorted(entries)), max_size=2))
+    pairs = list(itertools.combinations([name for name in entries if name not in buffers], 2))
+    ties = draw(st.lists(st.sampled_from(pairs), max_size=1)) if pairs else []
     return net(entries, ties, buffers)
 
 
@@ -221,23 +219,17 @@ def test_everything_is_accounted_for_with_two_sources(model, keys, others, field
 
 @some
 @given(models(), KEYS, FIELDS, st.randoms(use_true_random=False))
-def test_a_plan_with_any_rules_is_deterministic_and_independent_of_order_and_reads_nothing(model, keys, fields, random):
+def test_a_plan_with_any_rules_reads_nothing_and_does_not_depend_on_the_order_of_anything(model, keys, fields, random):
+    def shuffled(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(random.sample(list(mapping.items()), k=len(mapping)))
+
     reader = Reader(keys)
     plan = warmstart.plan(model, reader, **fields)
-    for _ in range(2):
-        items = list(keys.items())
-        random.shuffle(items)
-        shuffled = dict(fields)
-        for name in ("adapt", "fill"):
-            if name in fields:
-                rules = list(fields[name].items())
-                random.shuffle(rules)
-                shuffled[name] = dict(rules)
-        twin = warmstart.plan(model, Reader(dict(items)), **shuffled)
-        if not plan.errors:
-            assert twin.to_dict() | {"parts": None} == plan.to_dict() | {"parts": None}
-        assert twin.digest() == plan.digest()
-        assert {e.kind for e in twin.errors} == {e.kind for e in plan.errors}
+    twin = warmstart.plan(model, Reader(shuffled(keys)), **fields)
+    assert twin.to_dict() == plan.to_dict()
+    if not plan.errors:  # one of them may be that two patterns disagree
+        patterns = {name: shuffled(fields[name]) for name in ("adapt", "fill") if name in fields}
+        assert warmstart.plan(model, reader, **fields | patterns).digest() == plan.digest()
     assert reader.asked["read"] == 0
 
 
@@ -245,6 +237,8 @@ def test_a_plan_with_any_rules_is_deterministic_and_independent_of_order_and_rea
 @given(models(), KEYS, FIELDS, st.data())
 def test_all_rules_commute_with_wrappers(model, keys, fields, data):
     """With wrapper segments anywhere in its keys, a checkpoint goes where it goes without them."""
+    # Patterns of keys match them as they are spelled, too.
+    fields = {name: value for name, value in fields.items() if name not in ("select", "allow_unexpected")}
     spelled: dict[str, str] = {}
     clean = {key: tensor for key, tensor in keys.items() if not set(key.split(".")) & WRAPPER_SEGMENTS}
     for key in clean:
@@ -291,14 +285,12 @@ def test_a_plan_that_fails_leaves_the_model_untouched(model, keys, fields, data)
 
 @dataclass
 class Made:
-    """Entries with the values they should get, and the keys and rules that give them.
+    """What a model should hold in the end, and the keys and rules that give it that.
 
     Attributes:
-        entries: Entry to the value that it should have afterwards, in the model's dtype.
-        keys: Key to the tensor of the file.
-        fields: Fields of `Pretrained`.
-        ties: (first name, second name) of entries that are one tensor.
-        filled: Entries that no key gives a value.
+        entries: Entry to its value, in the model's dtype.
+        keys: Key to its tensor in the file.
+        ties: Pairs of entries that are one tensor.
     """
 
     entries: dict[str, Tensor] = field(default_factory=dict)
@@ -478,22 +470,32 @@ def checkpoints(draw: st.DrawFn) -> Made:
     return made
 
 
-@st.composite
-def disguises(draw: st.DrawFn) -> Callable[[str], str]:
-    """A prefix, a renamed segment, and wrappers after any segment; `fields_of` gives the rules back."""
-    wrappers = draw(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(sorted(WRAPPER_SEGMENTS))), max_size=3))
-    prefix = draw(st.sampled_from(["", "net.", "ema.net."]))
-    renames = draw(st.sampled_from([{}, {"layers": "blocks"}, {"weight": "w9", "q": "k", "k": "q"}]))
+@dataclass(frozen=True)
+class Disguise:
+    """Other names for the keys: segments renamed, a prefix, and wrappers at some depths."""
 
-    def spelled(key: str) -> str:
-        segments = [renames.get(segment, segment) for segment in f"{prefix}{key}".split(".")]
-        for place, wrapper in wrappers:
-            segments.insert(min(place, len(segments) - 1), wrapper)
+    prefix: str
+    renames: dict[str, str]
+    wrappers: list[tuple[int, str]]
+
+    def __call__(self, key: str) -> str:
+        segments = [self.renames.get(segment, segment) for segment in f"{self.prefix}{key}".split(".")]
+        for depth, wrapper in self.wrappers:
+            segments.insert(min(depth, len(segments) - 1), wrapper)
         return ".".join(segments)
 
-    back = {f"?{new}": old for old, new in renames.items()}
-    spelled.fields = {"rename": back, "strip_prefix": prefix.removesuffix(".")}  # type: ignore[attr-defined]
-    return spelled
+    def fields(self) -> dict[str, Any]:
+        """The rules that give the keys back."""
+        back = {f"?{new}": old for old, new in self.renames.items()}
+        return {"rename": back, "strip_prefix": self.prefix.removesuffix(".")}
+
+
+DISGUISES = st.builds(
+    Disguise,
+    st.sampled_from(["", "net.", "ema.net."]),
+    st.sampled_from([{}, {"layers": "blocks"}, {"weight": "w9", "q": "k", "k": "q"}]),
+    st.lists(st.tuples(st.integers(0, 3), st.sampled_from(sorted(WRAPPER_SEGMENTS))), max_size=3),
+)
 
 
 def assert_holds(model: nn.Module, expected: Mapping[str, Tensor]) -> None:
@@ -503,11 +505,12 @@ def assert_holds(model: nn.Module, expected: Mapping[str, Tensor]) -> None:
 
 
 @some
-@given(checkpoints(), disguises(), st.booleans())
-def test_what_was_applied_is_what_was_made_and_reverses_to_the_checkpoint(made, spelled, in_file):
-    keys = {spelled(key): value for key, value in made.keys.items()}
+@given(checkpoints(), DISGUISES, st.booleans())
+def test_what_was_applied_is_what_was_made_and_reverses_to_the_checkpoint(made, disguise, in_file):
+    keys = {disguise(key): value for key, value in made.keys.items()}
     model = made.model()
-    plan = warmstart.plan(model, Reader(keys, in_file=in_file), **made.fields(), **spelled.fields)
+    fields = made.fields() | disguise.fields()
+    plan = warmstart.plan(model, Reader(keys, in_file=in_file), **fields)
     assert plan.errors == ()
     assert_partition(plan, model)
     assert_injective(plan)
@@ -521,7 +524,7 @@ def test_what_was_applied_is_what_was_made_and_reverses_to_the_checkpoint(made, 
         assert (back.info(key).shape, back.info(key).dtype) == (tuple(value.shape), value.dtype)
     # And the reversed checkpoint goes the same way again.
     again = made.model()
-    assert warmstart.load(again, back, **made.fields(), **spelled.fields).mapping == plan.mapping
+    assert warmstart.load(again, back, **fields).mapping == plan.mapping
     assert_holds(again, made.entries)
 
 
@@ -538,23 +541,17 @@ def test_a_checkpoint_in_the_model_s_own_layout_needs_no_rules(made):
 
 
 @few
-@given(checkpoints(), st.data())
-def test_a_fault_of_the_reader_says_what_was_written_and_the_rest_is_untouched(made, data):
-    counted = Reader(made.keys)
-    warmstart.load(made.model(), counted, **made.fields())
-    reader, model = Reader(made.keys), made.model()
+@given(checkpoints(), st.booleans(), st.sampled_from(["full", "sample", "off"]), st.data())
+def test_a_fault_of_the_reader_says_what_was_written_and_the_rest_is_untouched(made, in_file, verify, data):
+    counted, reader = (Reader(made.keys, in_file=in_file) for _ in range(2))
+    warmstart.load(made.model(), counted, verify=verify, **made.fields())
+    model = made.model()
     before = bits(model)
     plan = warmstart.plan(model, reader, **made.fields())
     reader.fail_at = ("read", data.draw(st.integers(1, counted.asked["read"])))
-    with pytest.raises(warmstart.CheckpointError) as caught:
-        plan.apply()
-    assert "failed" in str(caught.value)
-    tied = {name: {name} for name in made.entries}
-    for one, two in made.ties:
-        tied[one] = tied[two] = {one, two}
-    written = set().union(*(tied[name] for name in caught.value.written))
-    after, expected = bits(model), bits(net(made.entries, made.ties))
-    assert {name: after[name] for name in written} == {name: expected[name] for name in written}
-    assert {name: after[name] for name in after.keys() - written} == {
-        name: before[name] for name in before.keys() - written
-    }
+    with pytest.raises(warmstart.CheckpointError, match=r"read \d+ failed") as caught:
+        plan.apply(verify=verify)
+    together = {name: {name, *itertools.chain(*(tie for tie in made.ties if name in tie))} for name in made.entries}
+    written = set().union(*(together[name] for name in caught.value.written))
+    expected = bits(net(made.entries, made.ties))
+    assert bits(model) == {name: (expected if name in written else before)[name] for name in before}
