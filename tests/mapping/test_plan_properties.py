@@ -117,35 +117,33 @@ CONVERSIONS = st.sampled_from(
     ]
 )
 # One field a line: every property below is then asked of plans with it.
-FIELDS = st.fixed_dictionaries(
-    {},
-    optional={
-        "select": PATTERNS,
-        "strip_prefix": st.sampled_from([None, "", "?x", "?enc", "a"]),
-        "into": st.sampled_from(["", "", "enc", "a", "never"]),
-        "include": PATTERNS,
-        "exclude": PATTERNS,
-        "match": st.sampled_from(["prefix", "suffix"]),
-        "rename": st.sampled_from(
-            [{}, {"?a": "b"}, {"?a": "b", "?b": "a"}, [{"?x": "enc"}, {"enc": "a"}], {"?^": "enc."}]
-        ),
-        "convert": st.lists(CONVERSIONS, min_size=1, max_size=2),
-        "adapt": st.dictionaries(
-            st.sampled_from(["?*.w", "?a", "?*bias", "never"]),
-            st.sampled_from([SliceOrPad(), SliceOrPad(0.0), MapRows(None, [1, 0]), MapRows(None, [None, 0, 1, 1])]),
-            min_size=1,
-            max_size=2,
-        ),
-        "fill": st.dictionaries(
-            st.sampled_from(["?*.v", "?b", "?*bias", "never"]), st.sampled_from([0.0, 0.5]), min_size=1, max_size=2
-        ),
-        "allow_missing": PATTERNS,
-        "allow_unexpected": PATTERNS,
-        "allow_mismatched": PATTERNS,
-        "allow_narrowing": st.booleans(),
-        "freeze": st.one_of(st.booleans(), PATTERNS),
-    },
-)
+RULES: dict[str, st.SearchStrategy[Any]] = {
+    "select": PATTERNS,
+    "strip_prefix": st.sampled_from([None, "", "?x", "?enc", "a"]),
+    "into": st.sampled_from(["", "", "enc", "a", "never"]),
+    "include": PATTERNS,
+    "exclude": PATTERNS,
+    "match": st.sampled_from(["prefix", "suffix"]),
+    "rename": st.sampled_from([{}, {"?a": "b"}, {"?a": "b", "?b": "a"}, [{"?x": "enc"}, {"enc": "a"}], {"?^": "enc."}]),
+    "convert": st.lists(CONVERSIONS, min_size=1, max_size=2),
+    "adapt": st.dictionaries(
+        st.sampled_from(["?*.w", "?a", "?*bias", "never"]),
+        st.sampled_from([SliceOrPad(), SliceOrPad(0.0), MapRows(None, [1, 0]), MapRows(None, [None, 0, 1, 1])]),
+        min_size=1,
+        max_size=2,
+    ),
+    "fill": st.dictionaries(
+        st.sampled_from(["?*.v", "?b", "?*bias", "never"]), st.sampled_from([0.0, 0.5]), min_size=1, max_size=2
+    ),
+    "allow_missing": PATTERNS,
+    "allow_unexpected": PATTERNS,
+    "allow_mismatched": PATTERNS,
+    "min_coverage": st.sampled_from([None, 0.5]),
+    "dtype": st.sampled_from(["model", "checkpoint"]),
+    "allow_narrowing": st.booleans(),
+    "freeze": st.one_of(st.booleans(), PATTERNS),
+}
+FIELDS = st.fixed_dictionaries({}, optional=RULES)
 
 
 @st.composite
@@ -159,22 +157,18 @@ def models(draw: st.DrawFn) -> nn.Module:
 
 def bits(model: nn.Module) -> dict[str, tuple[torch.dtype, bytes, bool]]:
     """Every entry's dtype and bits, and whether it trains."""
-    tensors = model.state_dict(keep_vars=True)
-    return {
-        name: (t.dtype, t.detach().reshape(-1).view(torch.uint8).numpy().tobytes(), t.requires_grad)
-        for name, t in tensors.items()
-    }
-
-
-def names_of(model: nn.Module) -> list[str]:
-    return list(model.state_dict())
+    out = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+        out[name] = (tensor.dtype, flat.view(torch.uint8).numpy().tobytes(), tensor.requires_grad)
+    return out
 
 
 def assert_partition(plan: warmstart.Plan, model: nn.Module) -> None:
     """Every entry is in one bucket, and so is every key of every source."""
     in_entries = Counter([a.target for a in plan.assignments])
     in_entries.update([*plan.missing, *plan.mismatched, *plan.excluded])
-    assert in_entries == Counter(names_of(model))
+    assert in_entries == Counter(list(model.state_dict()))
     several = len(plan.parts) > 1
     left = Counter(item if several else (0, item) for item in (*plan.unexpected, *plan.ignored))
     assert not left or max(left.values()) == 1
@@ -528,6 +522,20 @@ def test_what_was_applied_is_what_was_made_and_reverses_to_the_checkpoint(made, 
     assert_holds(again, made.entries)
 
 
+@some
+@given(checkpoints(), st.data())
+def test_a_source_that_lies_in_the_model_s_own_memory_is_read_before_it_is_overwritten(made, data):
+    model, keys = made.model(), dict(made.keys)
+    keeps = {name for name, adapter in made.adapt.items() if adapter == SliceOrPad("keep")}
+    free = {name: tensor for name, tensor in model.state_dict().items() if name not in keeps}
+    for key, value in made.keys.items():
+        places = [name for name, t in free.items() if (t.shape, t.dtype) == (value.shape, value.dtype)]
+        if places:
+            keys[key] = free.pop(data.draw(st.sampled_from(places))).copy_(value)
+    warmstart.load(model, keys, **made.fields())
+    assert_holds(model, made.entries)
+
+
 @few
 @given(checkpoints())
 def test_a_checkpoint_in_the_model_s_own_layout_needs_no_rules(made):
@@ -555,3 +563,14 @@ def test_a_fault_of_the_reader_says_what_was_written_and_the_rest_is_untouched(m
     written = set().union(*(together[name] for name in caught.value.written))
     expected = bits(net(made.entries, made.ties))
     assert bits(model) == {name: (expected if name in written else before)[name] for name in before}
+
+
+@few
+@given(checkpoints(), checkpoints())
+def test_what_two_sources_both_give_is_an_error_and_accounted_for(made, other):
+    model = net({name: torch.full_like(value, OWN) for name, value in (other.entries | made.entries).items()})
+    sources = [Pretrained(Reader(each.keys), strip_prefix="", **each.fields()) for each in (made, other)]
+    plan = warmstart.plan(model, sources)
+    assert_partition(plan, model)
+    assert_injective(plan)
+    assert "overlap" in {problem.kind for problem in plan.errors}

@@ -17,6 +17,8 @@ import warmstart
 from warmstart.mapping.names import WRAPPER_SEGMENTS
 from warmstart.tensors import same_bits
 
+pytestmark = pytest.mark.slow
+
 VOCAB, LENGTH = 24, 6
 IDS = torch.arange(2 * LENGTH).reshape(2, LENGTH) % (VOCAB - 4) + 3
 IMAGE = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
