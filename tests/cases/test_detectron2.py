@@ -74,7 +74,7 @@ def test_d2_4_options_are_arguments_and_not_part_of_a_path(tmp_path):
     torch.save(state(), tmp_path / "checkpoint.pth")
     with pytest.raises(CheckpointError):
         warmstart.plan(Complex(), f"{tmp_path}/checkpoint.pth?matching_heuristics=True")
-    with pytest.raises(TypeError, match="unknown field matching_heuristics; the fields are allow_mismatched, "):
+    with pytest.raises(TypeError, match="unknown field matching_heuristics; the fields are adapt, allow_mismatched, "):
         warmstart.plan(Complex(), tmp_path / "checkpoint.pth", matching_heuristics=True)
 
 

@@ -147,7 +147,8 @@ def test_field_note_2_an_averaged_model_s_copy_is_filled_and_its_counter_kept():
 def test_field_note_2_an_averaged_model_inside_another_wrapper_takes_its_own_state_dict(names):
     model, source = wrapped(Net(), names), wrapped(filled(Net()), names)
     report = warmstart.load(model, source)
-    assert report.ignored == report.excluded
+    (ignored,), (excluded,) = report.ignored, report.excluded  # a wrapper may leave itself out of its state dict
+    assert ignored.rpartition(".")[2] == excluded.rpartition(".")[2] == "n_averaged"
     assert [name.rpartition(".")[2] for name in report.ignored] == ["n_averaged"]
     assert_same(model, source)
 

@@ -12,7 +12,6 @@ from warmstart.mapping.buckets import Assignment, Mismatch, Problem
 from warmstart.mapping.grouping import listed, pasteable, printable
 from warmstart.mapping.hints import paste, report_unused
 from warmstart.mapping.keys import Key
-from warmstart.mapping.names import WRAPPER_SEGMENTS, without_wrappers
 from warmstart.mapping.part import PartPlan
 from warmstart.mapping.part_planning import plan_part
 from warmstart.mapping.plan import Plan, R
@@ -219,8 +218,8 @@ def unexcused(
     for number, part in enumerate(parts):
         allowed = PatternSet(part.part.pretrained.allow_unexpected, where="allow_unexpected")
         keys = part.part.checkpoint.keys()
-        segments = WRAPPER_SEGMENTS - targets.clean_segments()
-        hits = {k for k in keys if allowed.matches(k, without_wrappers(k, segments))} if allowed else set()
+        clean = targets.key_cleaner()
+        hits = {k for k in keys if allowed.matches(k, clean(k))} if allowed else set()
         report_unused(allowed, keys, "checkpoint key", errors)
         for key in part.dangling:
             if not hits.issuperset(key.sources):

@@ -58,7 +58,7 @@ SAME: list[tuple[Adapter, tuple[int, ...]]] = [
     (SliceOrPad(), (3, 5)),
     (SliceOrPad(), ()),
 ]
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 
 
 def odd_values(shape: tuple[int, ...]) -> torch.Tensor:
@@ -131,6 +131,18 @@ def test_the_same_bits_whatever_the_number_of_threads(adapter, source, target):
         torch.set_num_threads(threads)
     assert same_bits(results[0], results[1])
     assert same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize(("adapter", "source", "target"), CHANGES)
+def test_the_entry_may_be_on_another_device_and_so_may_be_the_default_one(adapter, source, target):
+    value, current = torch.randn(source), torch.zeros(target)
+    want = adapter.apply(value, current)
+    kept = "keep" in (getattr(adapter, "new_rows", 0), getattr(adapter, "fill", 0))
+    with torch.device("meta"):
+        adapter.check(source, target)
+        assert same_bits(adapter.apply(value, current if kept else current.to("meta")), want)
+        mask = adapter.loaded(source, target)
+    assert mask is None or mask.device.type == "cpu"
 
 
 @pytest.mark.parametrize(("adapter", "source", "target"), CHANGES)

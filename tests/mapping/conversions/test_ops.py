@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -218,6 +220,15 @@ def test_apply_that_cannot_be_used_is_found_while_planning(convert_names, fn, wh
     assert why in error.message
 
 
+def test_apply_works_on_inference_tensors_and_parameters(run):
+    halved = Conversion("a", "b", [Apply(lambda t: [t[0] / 2], lambda t: [t[0] * 2]), Transpose(0, 0)])
+    with torch.inference_mode():
+        assert run({"a": torch.ones(3)}, halved).made["b"].tolist() == [0.5] * 3
+    made = run({"a": torch.nn.Parameter(torch.ones(3))}, halved).made["b"]
+    assert made.tolist() == [0.5] * 3
+    assert not made.requires_grad
+
+
 def test_apply_whose_shapes_depend_on_values_is_refused_when_it_runs(convert_names):
     plan = convert_names(["a"], Conversion("a", "b", [Apply(lambda t: [t[0][t[0] >= 0]])]))
     (key,) = plan.keys
@@ -282,7 +293,7 @@ def test_an_op_refuses_fields_that_cannot_be_meant(make, fix):
         (["a", "b"], Conversion(["a", "b"], ["c", "d"], [Split(0)]), "takes one tensor, and there are 2"),
         (["a"], Conversion("a", "b", [Concat(0)]), "there is one tensor only"),
         (["a", "b"], Conversion("{x}", "c", [Concat(3)]), "it has no dim 3"),
-        (["a", "b"], Conversion("{x}", "c", [Stack("x", 4)]), "Dimension out of range"),
+        (["a", "b"], Conversion("{x}", "c", [Stack("x", 3)]), "no place 3 for a new dimension"),
         (["a"], Conversion("a", "b", [Split(0, [2, 2])]), "2 results for 1 targets"),
         (["a", "b"], Conversion(["a", "b"], ["c", "d"], [Concat(0)]), "1 results for 2 targets"),
         (["a", "b"], Conversion(["a", "b"], "c"), "2 results for 1 targets"),
@@ -307,6 +318,33 @@ def test_nothing_is_cast_silently():
     for conversion in (Conversion(["a", "b"], "c", [Concat(0)]), Conversion("{x}", "c", [Stack("x", 0)])):
         (error,) = convert(keys, [conversion]).errors
         assert "joins tensors of bfloat16 and float32" in error.message
+
+
+def test_what_is_joined_must_have_one_shape():
+    keys = [Key(n, n, n, shape, torch.float32) for n, shape in (("a", (2, 3)), ("b", (2, 4)), ("c", (0,)), ("d", (3,)))]
+
+    def error(names, op):
+        (problem,) = convert([key for key in keys if key.name in names], [Conversion("{x}", "z", [op])]).errors
+        return problem.message
+
+    assert "(2, 3), (2, 4): they differ in shape" in error("ab", Stack("x", 0))
+    assert "(2, 3), (2, 4): they differ in more than dim 0" in error("ab", Concat(0))
+    assert "(2, 3), (0,): they differ in more than dim 0" in error("ac", Concat(0))  # torch.cat skips such a tensor
+    assert "cannot take (2, 3), (3,)" in error("ad", Concat(0))
+    (key,) = convert(keys[:2], [Conversion("{x}", "z", [Concat(1)])]).keys
+    assert key.shape == (2, 7)
+
+
+def test_joining_does_not_import_sympy():
+    script = (
+        "import sys, torch; from warmstart.mapping.conversions.conversion import Conversion; "
+        "from warmstart.mapping.conversions.converting import convert; from warmstart.mapping.keys import Key; "
+        "keys = [Key(n, n, n, (2,), torch.half) for n in ('a.0.x', 'a.1.x', 'a.0.y', 'a.1.y')]; "
+        "ops = [{'stack': {'over': 'i', 'dim': 0}}, {'concat': {'dim': 0}}, {'split': {'dim': 0, 'sizes': [1, 3]}}]; "
+        "(b, c) = convert(keys, [Conversion(['a.{i}.x', 'a.{i}.y'], ['b', 'c'], ops)]).keys; "
+        "assert (b.shape, c.shape) == ((1, 2), (3, 2)); assert 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_a_huge_empty_tensor_is_not_taken_apart(convert_names):

@@ -24,7 +24,7 @@ from warmstart.mapping.adapters.grids import (
 from warmstart.mapping.adapters.refusals import KEEP_OWN, check_mode, refused, written
 from warmstart.mapping.adapters.resampling import wide
 
-_MOST_PREFIX_TOKENS = 16  # tried for a hint: class and distillation tokens, and that many registers
+_PREFIX_TOKENS = range(17)  # tried for a hint: class and distillation tokens, and registers
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,15 @@ class ResizePosEmbed(Adapter):
             f"{n} and {m} positions beside {self.prefix_tokens} prefix tokens: a grid that is left out must be a square"
         )
         if self.src_grid is None and self.dst_grid is None:
-            of_source, of_target = _prefix_of_square(source[-2]), _prefix_of_square(target[-2])
-            if of_source is not None and of_source == of_target:
-                return refused(source, target, why, written(self, prefix_tokens=of_source))
-            if of_source is not None and of_target is not None:
+            prefixes = [{k for k in _PREFIX_TOKENS if square(shape[-2] - k)} for shape in (source, target)]
+            if both := prefixes[0] & prefixes[1]:
+                return refused(source, target, why, written(self, prefix_tokens=min(both)))
+            if all(prefixes):
                 why += (
-                    f". They are with {of_source} prefix tokens in the checkpoint and {of_target} in the model, but the "
-                    "numbers must be equal: take the odd ones off first, with a conversion"
+                    f". They are with {min(prefixes[0])} prefix tokens in the checkpoint and {min(prefixes[1])} in the "
+                    "model, but the numbers must be equal: take the odd ones off first, with a conversion"
                 )
+                return refused(source, target, why, KEEP_OWN)
         return refused(source, target, f"{why}; spell out the grids", self._suggested(n, m, 2))
 
     def _suggested(self, n: int, m: int, rank: int) -> str:
@@ -148,8 +149,3 @@ def _is_table(shape: Shape) -> bool:
 
 def _without_tokens(shape: Shape) -> Shape:
     return (*shape[:-2], *shape[-1:])
-
-
-def _prefix_of_square(tokens: int) -> int | None:
-    """The smallest number of prefix tokens that leaves a square."""
-    return next((k for k in range(_MOST_PREFIX_TOKENS + 1) if square(tokens - k)), None)

@@ -218,8 +218,9 @@ class Converted(Derivation):
         for output, tensor in zip(self._sketch.outputs, outputs, strict=True):
             cells[output.template][_coordinate(output)] = tensor
         slots = [Slot(slot.axes, made) for slot, made in zip(last, cells, strict=True)]
-        for op, old in zip(reversed(self._sketch.ops), reversed(before), strict=True):
-            slots = op.undo(slots, old)
+        with torch.no_grad():
+            for op, old in zip(reversed(self._sketch.ops), reversed(before), strict=True):
+                slots = op.undo(slots, old)
         return [tensor for slot in slots for tensor in slot.cells.values()]
 
     @property

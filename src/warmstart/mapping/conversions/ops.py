@@ -259,7 +259,14 @@ class Stack(Op):
 
     def _stacked(self, cells: list[LazyTensor]) -> LazyTensor:
         _check_dtypes(self, cells)
-        meta = _shaped(self, lambda: torch.stack([cell.meta for cell in cells], self.dim), *cells)
+        shape = tuple(cells[0].meta.shape)
+        if any(cell.meta.shape != shape for cell in cells):
+            raise _refused(self, cells, "they differ in shape")
+        if not -len(shape) <= self.dim + 1 <= len(shape) + 1:
+            raise _refused(self, cells, f"there is no place {self.dim} for a new dimension")
+        at = self.dim % (len(shape) + 1)
+        # Shapes by hand here and in Concat: torch imports sympy, a second's work, to join tensors on the meta device.
+        meta = cells[0].meta.new_empty((*shape[:at], len(cells), *shape[at:]))
         return JoinedTensor(meta, cells, lambda out: iter(out.unbind(self.dim)))
 
 
@@ -369,9 +376,11 @@ class Concat(JoinOp):
     def _joined(self, cells: list[LazyTensor]) -> LazyTensor:
         _check_dtypes(self, cells)
         sizes = [_size(self, cell, self.dim) for cell in cells]
-        if len({cell.meta.ndim for cell in cells}) > 1:  # torch.cat skips a tensor of shape (0,) among others
-            raise _refused(self, cells, "they differ in their number of dimensions")
-        meta = _shaped(self, lambda: torch.cat([cell.meta for cell in cells], self.dim), *cells)
+        at = self.dim % cells[0].meta.ndim
+        if len({(*cell.meta.shape[:at], *cell.meta.shape[at + 1 :], cell.meta.ndim) for cell in cells}) > 1:
+            raise _refused(self, cells, f"they differ in more than dim {self.dim}")
+        shape = cells[0].meta.shape
+        meta = cells[0].meta.new_empty((*shape[:at], sum(sizes), *shape[at + 1 :]))
         return JoinedTensor(meta, cells, lambda out: iter(out.split_with_sizes(sizes, self.dim)))
 
     def _apart(self, made: list[Tensor], cells: list[LazyTensor]) -> Sequence[Tensor]:
@@ -516,12 +525,13 @@ class Apply(JoinOp):
         return self._checked(self.inverse, made, [cell.meta for cell in cells])
 
     def _called(self, fn: TensorFunction | str, inputs: list[Tensor]) -> list[Tensor]:
-        versions = [tensor._version for tensor in inputs]
+        tracked = [tensor for tensor in inputs if not tensor.is_inference()]
+        versions = [tensor._version for tensor in tracked]
         with torch.no_grad():
             made = _function(fn)(list(inputs))
         if not isinstance(made, list | tuple) or not all(isinstance(tensor, Tensor) for tensor in made):
             raise MappingError(f"{self} returns {type(made).__name__}; return a list of tensors, also where it is one")
-        if [tensor._version for tensor in inputs] != versions:
+        if [tensor._version for tensor in tracked] != versions:
             raise MappingError(f"{self} writes into the tensors that it is given; let it return new ones")
         return list(made)
 
@@ -601,12 +611,12 @@ def _size(op: Op, cell: LazyTensor, dim: int) -> int:
     return cell.meta.shape[dim]
 
 
-def _shaped(op: Op, make: Callable[[], Tensor], *cells: LazyTensor) -> Tensor:
+def _shaped(op: Op, make: Callable[[], Tensor], cell: LazyTensor) -> Tensor:
     """What `make` gives of tensors on the meta device, with torch's complaint as ours."""
     try:
         return make()
     except (RuntimeError, IndexError) as error:
-        raise _refused(op, cells, str(error).partition("\n")[0]) from None
+        raise _refused(op, [cell], str(error).partition("\n")[0]) from None
 
 
 def _refused(op: Op, cells: Sequence[LazyTensor], why: str) -> MappingError:

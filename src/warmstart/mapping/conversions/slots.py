@@ -40,7 +40,9 @@ class LazyTensor:
 
     def write(self, out: Tensor) -> None:
         """Copy it into `out`, of its shape and dtype."""
-        out.copy_(self.make())
+        made = self.make()
+        assert (made.shape, made.dtype) == (out.shape, out.dtype)  # copy_ would broadcast and cast
+        out.copy_(made)
 
 
 class JoinedTensor(LazyTensor):
