@@ -240,6 +240,9 @@ def test_under_other_names_every_class_comes_back_bit_for_bit(name):
     assert_same_state(model, by_torch)
     assert [(entry, id(tensor), tensor.requires_grad) for entry, tensor in entries(model)] == before
     assert twins(model) == twins(source)
+    back = report.plan.reverse()
+    assert set(back.keys()) == set(file.state)
+    assert all(same_bits(back.read(key), tensor) for key, tensor in file.state.items())
     for ours, theirs in zip(outputs(name, model), outputs(name, source), strict=True):
         assert same_bits(ours, theirs)
 
