@@ -526,8 +526,9 @@ def test_what_was_applied_is_what_was_made_and_reverses_to_the_checkpoint(made, 
 @given(checkpoints(), st.data())
 def test_a_source_that_lies_in_the_model_s_own_memory_is_read_before_it_is_overwritten(made, data):
     model, keys = made.model(), dict(made.keys)
-    keeps = {name for name, adapter in made.adapt.items() if adapter == SliceOrPad("keep")}
-    free = {name: tensor for name, tensor in model.state_dict().items() if name not in keeps}
+    taken = {name for name, adapter in made.adapt.items() if adapter == SliceOrPad("keep")}
+    taken.update(second for _, second in made.ties)
+    free = {name: tensor for name, tensor in model.state_dict().items() if name not in taken}
     for key, value in made.keys.items():
         places = [name for name, t in free.items() if (t.shape, t.dtype) == (value.shape, value.dtype)]
         if places:
