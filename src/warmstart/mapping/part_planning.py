@@ -116,7 +116,7 @@ def _converted(keys: list[Key], pretrained: Pretrained, out: PartPlan) -> list[K
     converting = convert(keys, pretrained.conversions)
     out.errors += converting.errors
     out.reported.update(key.spelled for key in converting.failed)
-    out.unexpected += [key.spelled for key in converting.displaced]
+    out.unexpected += [key.spelled for key in [*converting.displaced, *converting.failed]]
     return without_collisions(converting.keys, out)
 
 

@@ -80,8 +80,11 @@ def _joined(parts: list[PartPlan], targets: Targets, model: nn.Module, applier: 
                 overlaps.setdefault((owner, number), []).append(name)
     for (owner, number), names in overlaps.items():
         errors.append(_overlap(names, parts[owner], parts[number], targets))
-        lost = [source for name in names for source in _keys_of(parts[number], name)]
-        parts[number].unexpected += lost
+        # Of a conversion, another output may be this source's to give all the same.
+        kept = {s for i, key in assigned.values() if i == number and key is not None for s in key.sources}
+        kept.update(s for n, m in mismatched.items() if given[n] == number for s in m.keys)
+        lost = dict.fromkeys(source for name in names for source in _keys_of(parts[number], name))
+        parts[number].unexpected += [key for key in lost if key not in kept and key not in parts[number].unexpected]
         parts[number].reported.update(lost)
     in_scope = {name for part in parts for name in part.part.scope}
 
