@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -32,9 +33,9 @@ def conversion_rules(model: PreTrainedModel) -> PretrainedFields:
     which its `from_pretrained` follows. Here that mapping becomes `rename` stages and `convert`, taken from the installed
     library each time, for this very model: with a head or without, and for the models inside it.
 
-    Every rule is optional, since a file may have some of the old names only. A file of the base model goes into a model
-    with a head, and the other way round, by the prefix that planning infers. As in the library, an entry's own name that
-    a rule would lead out of the model stays as it is. A conversion that would make no entry of this model is left out.
+    Every rule is optional, since a file may have some of the old names only. As in the library, a base model's file goes
+    into a model with a head, and the other way round, and a key that names an entry as it is stays so where a rule would
+    lead it out of the model. A conversion that would make no entry of this model is left out.
 
     Args:
         model: The model that will be loaded; its parameters may be on the meta device. Where it is a part of another one,
@@ -46,6 +47,7 @@ def conversion_rules(model: PreTrainedModel) -> PretrainedFields:
     Raises:
         MappingError: The library converts checkpoints of this model in a way that no rule says; the message names it. Or
             it is a release that keeps no conversions.
+        TypeError: `model` is no model of transformers.
 
     Example::
 
@@ -59,12 +61,18 @@ def conversion_rules(model: PreTrainedModel) -> PretrainedFields:
         raise MappingError(
             "this release of transformers keeps no conversions; pip install 'transformers>=5', or leave conversion_rules out"
         ) from error
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{type(model).__name__} is no model of transformers; give the part that is one, and its path as into="
+        )
     transforms = get_model_conversion_mapping(model)
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     return {
         "rename": _stages(model, renamings, converters),
-        "convert": [conversion for converter in converters for conversion in _conversions(model, converter, converters)],
+        "convert": [
+            conversion for converter in converters for conversion in _conversions(model, converter, converters)
+        ],
     }
 
 
@@ -78,10 +86,11 @@ def _stages(
             raise _refused(model, renaming, f"a {kind} computes names, and a rename is a regex")
         if any("*." in text for text in renaming.source_patterns):
             raise _refused(model, renaming, "it gives several keys one name, and the library takes the first of them")
-        if renaming.scope_prefix and "(?<" in renaming.compiled_sources.pattern:
-            raise _refused(model, renaming, f"its lookbehind would see '{renaming.scope_prefix}', the part it is for")
+        paths = [path for _, path in _scopes(renaming) if path]
+        if paths and "(?<" in renaming.compiled_sources.pattern:
+            raise _refused(model, renaming, f"its lookbehind would see the '{paths[0]}' that the library hides from it")
     kept = _kept(model, renamings, converters)
-    return [_stage(renaming, kept) for renaming in renamings]
+    return [*(_stage(renaming, kept) for renaming in renamings), _base_prefix(model)]
 
 
 def _kept(model: PreTrainedModel, renamings: Sequence[Transform], converters: Sequence[Transform]) -> dict[str, str]:
@@ -99,7 +108,7 @@ def _kept(model: PreTrainedModel, renamings: Sequence[Transform], converters: Se
         if renamed in entries:
             continue
         kept.append(name)
-        if (converter := _taker(name, converters)):
+        if converter := _taker(name, converters):
             raise _refused(model, converter, f"it must leave the entry '{name}' alone")
     in_all, in_kept = Counter(map(_any_index, entries)), Counter(map(_any_index, kept))
     regexes = {name: _any_index(name) for name in kept}
@@ -141,35 +150,64 @@ def _scopes(transform: Transform) -> list[tuple[str, str]]:
     return [(full, base + scope), (f"(?!{full}){re.escape(scope)}", scope)] if base else [(full, scope)]
 
 
-def _conversions(
-    model: PreTrainedModel, converter: Transform, converters: Sequence[Transform]
-) -> Iterator[Conversion]:
+def _base_prefix(model: PreTrainedModel) -> dict[str, str]:
+    """The stage that adds or removes the base model's prefix, key by key, as the library does.
+
+    Planning infers one prefix for all keys, which is not enough where a rule has written it into some of them.
+    """
+    if not model.base_model_prefix:
+        return {}
+    base = f"{model.base_model_prefix}."
+    names = set(model.state_dict())
+    inside = {name.removeprefix(base) for name in names if name.startswith(base)}
+    if not inside:
+        return {rf"?^{re.escape(base)}": ""}
+    stage = {}
+    if paths := _beginnings(names, inside):
+        stage[rf"?^{re.escape(base)}(?=(?:{paths})(?:\.|$))"] = ""
+    if paths := _beginnings(inside, names):
+        stage[rf"?^(?=(?:{paths})(?:\.|$))"] = base
+    return stage
+
+
+def _beginnings(names: Collection[str], others: Collection[str]) -> str:
+    """A regex for the shortest leading paths by which `names` differ from all the others."""
+    shared = {path for name in others for path in _leading(name)}
+    firsts = {path for name in names if (path := next((p for p in _leading(name) if p not in shared), None))}
+    return "|".join(map(re.escape, sorted(firsts)))
+
+
+def _leading(name: str) -> Iterator[str]:
+    return itertools.accumulate(name.split("."), "{}.{}".format)
+
+
+def _conversions(model: PreTrainedModel, converter: Transform, converters: Sequence[Transform]) -> Iterator[Conversion]:
     """One conversion for each way in which entries of the model go on around the name that the converter makes.
 
     Its patterns are pieces of names: `attn.qkv` stands for `self_attn.qkv.weight` and `self_attn.qkv.bias`. A template is a
     whole name, so what stands around the piece is taken from the model.
     """
     made = converter.target_patterns[0]
-    paths = {path: None for _, path in _scopes(converter)}
+    paths = [path for _, path in _scopes(converter)]
     around = set()
     for name in model.state_dict():
         path = next((path for path in paths if name.startswith(path)), None)
         if path is not None and made in (local := name.removeprefix(path)):
             before, _, after = local.partition(made)
-            around.add((before.rpartition(".")[2], after))
-    if made.startswith("."):  # what is before is a whole segment then, and any
-        around = {("", after) for _, after in around}
-    starts = [path for path in paths if path] or [""]
-    for before, after in sorted(around):
+            # What stands before a piece that starts with a dot is a whole segment, and any.
+            around.add((path, "" if made.startswith(".") else before.rpartition(".")[2], after))
+    for path, before, after in sorted(around):
         sources = [f"{before}{_template(source)}{after}".removeprefix(".") for source in converter.source_patterns]
         targets = [f"{before}{target}{after}".removeprefix(".") for target in converter.target_patterns]
-        keys = [f"{starts[0]}0.{source.replace(_ANY, '0')}" for source in sources]
+        keys = [f"{path}0.{source.replace(_ANY, '0')}" for source in sources]
         if any(_taker(key, converters) is not converter for key in keys):
             continue  # the piece must end elsewhere, or an earlier converter takes it
-        ops = _ops(model, converter)
-        for start in starts:
-            rest = f"{start}{{path...}}."
-            yield Conversion([f"?{rest}{source}" for source in sources], [f"{rest}{target}" for target in targets], ops)
+        start = f"{path}{{path...}}."
+        yield Conversion(
+            [f"?{start}{source}" for source in sources],
+            [f"{start}{target}" for target in targets],
+            _ops(model, converter),
+        )
 
 
 def _taker(key: str, converters: Sequence[Transform]) -> Transform | None:
@@ -190,7 +228,6 @@ def _ops(model: PreTrainedModel, converter: Transform) -> list[Op]:
     Raises:
         MappingError: There is no such op.
     """
-    several = len(converter.source_patterns) > 1
     ops: list[Op] = []
     for op in converter.operations:
         match type(op).__name__:
@@ -206,10 +243,6 @@ def _ops(model: PreTrainedModel, converter: Transform) -> list[Op]:
                 ops.append(Transpose(op.dim0, op.dim1))
             case "PermuteForRope" if op.permute_layer_names is None:
                 ops.append(RopePermute(_heads(op, model.config), to="interleaved" if op.inverse else "half"))
-            case "ErnieFuseAndSplitTextVisionExperts":
-                # The first half of the experts is the text's, the second the images': halves of the stack.
-                joined = [Concat(dim=op.concat_dim)] if several else []
-                ops += [Stack(over="i", dim=op.stack_dim), *joined, Split(dim=op.stack_dim)]
             case _:
                 options = ", ".join(f"{name}={value!r}" for name, value in vars(op).items())
                 raise _refused(model, converter, f"there is no op for {type(op).__name__}({options})")
