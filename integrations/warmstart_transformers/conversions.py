@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
 try:
@@ -76,9 +76,7 @@ def conversion_rules(model: PreTrainedModel) -> PretrainedFields:
     }
 
 
-def _stages(
-    model: PreTrainedModel, renamings: Sequence[Transform], converters: Sequence[Transform]
-) -> list[dict[str, str]]:
+def _stages(model: PreTrainedModel, renamings: list[Transform], converters: list[Transform]) -> list[dict[str, str]]:
     """One stage for each renaming: the library runs them in turn, each on what the one before it left."""
     for renaming in renamings:
         kind = type(renaming).__name__
@@ -93,7 +91,7 @@ def _stages(
     return [*(_stage(renaming, kept) for renaming in renamings), _base_prefix(model)]
 
 
-def _kept(model: PreTrainedModel, renamings: Sequence[Transform], converters: Sequence[Transform]) -> dict[str, str]:
+def _kept(model: PreTrainedModel, renamings: list[Transform], converters: list[Transform]) -> dict[str, str]:
     """The model's names that the rules lead out of it: the library takes such a key as it is.
 
     Returns:
@@ -132,10 +130,15 @@ def _stage(renaming: Transform, kept: Mapping[str, str]) -> dict[str, str]:
         for number in range(len(renaming.source_patterns)):
             group, target = f"g{number}", renaming.target_patterns[number if paired else 0]
             outer = compiled.groupindex[group]
-            new = re.sub(r"\\(\d)", lambda found, outer=outer: rf"\g<{outer + int(found[1])}>", target)
+            new = _within(outer, target)
             rule = rf"?^{guard}{start}(?=.*?(?:{pattern}))(?P<before>.*?)(?P={group})(?P<after>.*)"
             stage[rule] = rf"{path}\g<before>{new}\g<after>"
     return stage
+
+
+def _within(outer: int, replacement: str) -> str:
+    """A replacement whose groups are counted inside the group `outer`, with the whole rule's numbers."""
+    return re.sub(r"\\(\d)", lambda found: rf"\g<{outer + int(found[1])}>", replacement)
 
 
 def _scopes(transform: Transform) -> list[tuple[str, str]]:
@@ -181,7 +184,7 @@ def _leading(name: str) -> Iterator[str]:
     return itertools.accumulate(name.split("."), "{}.{}".format)
 
 
-def _conversions(model: PreTrainedModel, converter: Transform, converters: Sequence[Transform]) -> Iterator[Conversion]:
+def _conversions(model: PreTrainedModel, converter: Transform, converters: list[Transform]) -> Iterator[Conversion]:
     """One conversion for each way in which entries of the model go on around the name that the converter makes.
 
     Its patterns are pieces of names: `attn.qkv` stands for `self_attn.qkv.weight` and `self_attn.qkv.bias`. A template is a
@@ -210,7 +213,7 @@ def _conversions(model: PreTrainedModel, converter: Transform, converters: Seque
         )
 
 
-def _taker(key: str, converters: Sequence[Transform]) -> Transform | None:
+def _taker(key: str, converters: list[Transform]) -> Transform | None:
     """The converter that takes a key: the first one that matches it."""
     return next((converter for converter in converters if converter.rename_source_key(key)[1] is not None), None)
 

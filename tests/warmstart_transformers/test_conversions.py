@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def on_meta(key: str) -> PreTrainedModel | None:
         for counts in ({**LAYERS, **EXPERTS}, EXPERTS, LAYERS, {}):
             try:
                 config = shorten(model_class.config_class(**NEEDED.get(key, {})), counts)
-                with torch.device("meta"):
+                with torch.device("meta"), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # what the library says of its own defaults
                     return model_class(config)
             except Exception:  # a configuration whose defaults are nothing to build, or that checks its counts
                 continue
