@@ -236,8 +236,10 @@ def unexcused(
     for number, part in enumerate(parts):
         allowed = PatternSet(part.part.pretrained.allow_unexpected, where="allow_unexpected")
         keys = part.part.checkpoint.keys()
-        clean = targets.key_cleaner()
-        hits = {k for k in keys if allowed.matches(k, clean(k))} if allowed else set()
+        hits: set[str] = set()
+        if allowed:
+            clean = targets.key_cleaner()
+            hits.update(key for key in keys if allowed.matches(key, clean(key)))
         report_unused(allowed, keys, "checkpoint key", errors)
         for key in part.dangling:
             if not hits.issuperset(key.sources):
@@ -300,13 +302,14 @@ def _may_lack(missing: Sequence[str], parts: list[PartPlan], targets: Targets) -
 
 def _coverage(scope: Collection[str], assignments: Sequence[Assignment], targets: Targets) -> float:
     """Share of the elements in scope that are loaded; of a partly loaded entry, those that are."""
-    total = sum(targets.entries[name].numel for name in {targets.entries[name].canonical for name in scope})
+    entries = targets.entries
+    total = sum(entries[name].numel for name in {entries[name].canonical for name in scope})
     loaded: dict[str, float] = {}
     for assignment in assignments:
-        canonical = targets.entries[assignment.target].canonical
         if assignment.alias_of is None:
             share = 1.0 if (mask := assignment.loaded) is None else mask.sum().item() / mask.numel()
-            loaded[canonical] = share * targets.entries[canonical].numel
+            target = entries[assignment.target]
+            loaded[target.canonical] = share * target.numel
     return sum(loaded.values()) / total if total else float(bool(assignments))
 
 
