@@ -84,12 +84,13 @@ def _joined(parts: list[PartPlan], targets: Targets, model: nn.Module, applier: 
         kept = {s for i, key in assigned.values() if i == number and key is not None for s in key.sources}
         kept.update(s for n, m in mismatched.items() if given[n] == number for s in m.keys)
         lost = dict.fromkeys(source for name in names for source in _keys_of(parts[number], name))
-        parts[number].unexpected += [key for key in lost if key not in kept and key not in parts[number].unexpected]
+        kept.update(parts[number].unexpected)
+        parts[number].unexpected += [key for key in lost if key not in kept]
         parts[number].reported.update(lost)
     in_scope = {name for part in parts for name in part.part.scope}
 
     assignments, missing, excluded = [], [], []
-    writers = {targets.entries[name].canonical: name for name in reversed(assigned)}
+    writers = {targets.entries[name].canonical: name for name in reversed(assigned)} if targets.groups else {}
     for name, target in targets.entries.items():
         owner_of = first.get(target.canonical)
         if name in assigned:
@@ -199,6 +200,8 @@ def unexcused(
     for part in parts:
         for where, found in excused.items():
             patterns = PatternSet(getattr(part.part.pretrained, where), where=where)
+            if not patterns:
+                continue
             found.update(name for name in targets.entries if patterns.matches(*targets.spellings(name)))
             report_unused(patterns, names, "model entry", errors)
 
@@ -338,7 +341,9 @@ def _to_freeze(
 ) -> tuple[str, ...]:
     names: set[str] = set()
     # What is only partly loaded has to learn the rest.
-    partly = {targets.entries[a.target].canonical for a in assignments if a.loaded is not None}
+    partly = {
+        targets.entries[a.target].canonical for a in assignments if a.adapter is not None and a.loaded is not None
+    }
     for number, part in enumerate(parts):
         freeze = part.part.pretrained.freeze
         if freeze is True:
@@ -350,6 +355,8 @@ def _to_freeze(
             patterns = PatternSet(freeze, where="freeze")
             names.update(name for name in targets.entries if patterns.matches(*targets.spellings(name)))
             report_unused(patterns, [t.clean for t in targets.entries.values()], "model entry", errors)
+    if not names:
+        return ()
     # A tied tensor is frozen under all of its names.
     frozen = {targets.entries[name].canonical for name in names}
     return tuple(name for name, target in targets.entries.items() if target.canonical in frozen)
