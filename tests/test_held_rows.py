@@ -112,3 +112,51 @@ def test_rows_along_another_dimension():
     (weight * torch.ones(2, 4)).sum().backward()
     assert torch.equal(weight.grad, torch.tensor([[0.0, 1, 1, 0]] * 2))
     assert torch.equal(rows.mask, torch.tensor([[True, False, False, True]]))
+
+
+def test_a_second_load_holds_its_own_rows_alone():
+    model = nn.Embedding(4, 2)
+    rows = torch.randn(2, 2)
+    first = warmstart.load(model, {"weight": rows}, adapt={"weight": MapRows([0, 1], [0, 1, 2, 3], freeze_old=True)})
+    warmstart.load(model, {"weight": rows}, adapt={"weight": MapRows([0, 1], [2, 3, 0, 1], freeze_old=True)})
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    model(torch.arange(4)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.weight[2:], before[2:])
+    assert (model.weight[:2] != before[:2]).all()
+    first.frozen.check()  # what it held is the second one's by now
+
+
+def test_rows_of_a_parameter_that_trains_later_have_no_gradient_either():
+    embed = nn.Embedding(3, 2)
+    embed.weight.requires_grad_(False)
+    held = HeldRows(embed.weight, torch.tensor([[True], [False], [False]]))
+    embed.weight.requires_grad_(True)
+    optimizer = torch.optim.SGD(embed.parameters(), lr=0.1)
+    before = embed.weight.detach().clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        embed(torch.arange(3)).sum().backward()
+        optimizer.step()
+    assert torch.equal(embed.weight.grad[0], torch.zeros(2))
+    assert torch.equal(embed.weight[0], before[0])
+    assert held.unchanged(sampled=False)
+
+
+def test_rows_are_released_under_any_of_their_names():
+    for pattern in ("head.weight", "embed", "module.embed.weight"):
+        state = {k: v for k, v in Tied(3).state_dict().items() if k != "head.weight"}
+        model = nn.DataParallel(Tied(5))
+        report = warmstart.load(model, state, adapt={"embed": MapRows(OLD, NEW, freeze_old=True)})
+        assert report.frozen.release(pattern) == ("module.embed.weight",)
+
+
+def test_a_model_that_moves_to_another_device_keeps_its_rows():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    embed = nn.Embedding(4, 2)
+    held = HeldRows(embed.weight, torch.tensor([[True], [False], [True], [False]]))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        held.tensor = torch.empty(4, 2, device="cuda")
+        assert held.rows().device.type == "cuda"

@@ -10,7 +10,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from warmstart.checkpoints.opening import open_checkpoint
-from warmstart.errors import MappingError
+from warmstart.errors import CheckpointError, MappingError, VerificationError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
 from warmstart.lineage import lineage
 from warmstart.loading.writing import write
@@ -23,7 +23,7 @@ from warmstart.patterns import Patterns
 from warmstart.report import Report
 from warmstart.version import __version__
 
-Sources = Source | Pretrained | Sequence[Source | Pretrained]
+Sources = Pretrained | Sequence[Pretrained | Source] | Source
 
 
 def load(
@@ -102,7 +102,13 @@ def plan(
 
 def apply(plan: Plan[Report], *, verify: Verify = "full", held: Held = "eval") -> Report:
     """Carry a plan out; `Plan.apply` with the choice of how frozen modules are held, for the hosts."""
-    written = write(plan, verify)
+    try:
+        written = write(plan, verify)
+    except (CheckpointError, VerificationError) as error:
+        if error.report is not None:  # writing had begun
+            error.report = Report(plan, error.report, lineage(plan, __version__), None)
+            error.report.status = "failed"
+        raise
     rows = plan.held_rows
     frozen = freeze_entries(plan.model, plan.freeze, plan.targets, held, rows=rows) if plan.freeze or rows else None
     return Report(plan, written, lineage(plan, __version__), frozen)

@@ -14,11 +14,13 @@ class CheckpointError(WarmStartError):
 
     Attributes:
         written: Names of the model entries that had been written when reading failed; empty if the model is untouched.
+        report: Of a fault while writing, the `Report`, whose status is `failed`; None of any other.
     """
 
-    def __init__(self, message: str, *, written: tuple[str, ...] = ()) -> None:
+    def __init__(self, message: str, *, written: tuple[str, ...] = (), report: Any = None) -> None:
         super().__init__(message)
         self.written = written
+        self.report = report
 
 
 class MappingError(WarmStartError):
@@ -38,11 +40,13 @@ class VerificationError(WarmStartError):
 
     Attributes:
         tensors: Names of the model entries whose values differ.
+        report: If it was found right after writing, the `Report`, whose status is `failed`; else None.
     """
 
-    def __init__(self, message: str, *, tensors: tuple[str, ...] = ()) -> None:
+    def __init__(self, message: str, *, tensors: tuple[str, ...] = (), report: Any = None) -> None:
         super().__init__(message)
         self.tensors = tensors
+        self.report = report
 
 
 class FrozenChangedError(WarmStartError):

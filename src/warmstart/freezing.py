@@ -73,11 +73,13 @@ class Frozen:
         held: Held = "eval",
         trained: frozenset[str] | None = None,
         rows: Mapping[str, HeldRows] | None = None,
+        row_names: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.model = model
         self._targets = {target.name: target for target in targets}
         self.declared = self.names
         self.rows = dict(rows or {})
+        self._row_names = dict(row_names or {})
         # Only what trained before will train again when it is released.
         training = frozenset(t.name for t in targets if t.kind == "parameter" and t.tensor.requires_grad)
         self.trained = training if trained is None else trained
@@ -166,7 +168,9 @@ class Frozen:
         """
         chosen = PatternSet(patterns, where="release")
         released = [n for n, t in self._targets.items() if chosen.matches(n, t.clean)]
-        partly = [name for name in self.rows if chosen.matches(name)]
+        partly = [
+            name for name, spellings in self._row_names.items() if name in self.rows and chosen.matches(*spellings)
+        ]
         if unused := chosen.without_hit():
             hint = did_you_mean(unused[0].text, [*self._targets, *self.rows])
             raise MappingError(f"release({unused[0].text!r}) matches nothing that is frozen{hint}")
@@ -235,7 +239,13 @@ def freeze_entries(
         tensor = targets.entries[name].tensor
         if id(tensor) not in frozen and id(tensor) not in held_rows:
             held_rows[id(tensor)] = (name, HeldRows(tensor, mask))
-    return Frozen(model, list(chosen.values()), held, trained, dict(held_rows.values()))
+    names_of = {
+        name: tuple(
+            s for tied in targets.groups.get(targets.entries[name].canonical, [name]) for s in targets.spellings(tied)
+        )
+        for name, _ in held_rows.values()
+    }
+    return Frozen(model, list(chosen.values()), held, trained, dict(held_rows.values()), names_of)
 
 
 def freeze_patterns(model: nn.Module, patterns: Patterns, held: Held = "eval") -> Frozen:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from warmstart.tensors import digest, sample
 
@@ -16,7 +17,7 @@ class HeldRows:
     """Holds rows of one parameter, as slices along one dimension.
 
     They get no gradient; and because weight decay and momentum move what has none, they are put back after every step of
-    any torch optimizer that holds the parameter.
+    any torch optimizer that holds the parameter. A copy of the model (`copy.deepcopy`, pickle) holds nothing: freeze it anew.
 
     Attributes:
         tensor: The parameter.
@@ -38,11 +39,18 @@ class HeldRows:
         rows = torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).expand(size)
         self.index = rows.nonzero().reshape(-1).to(tensor.device)
         self._kept: Tensor | None = None
-        self._hook = None
-        if tensor.requires_grad:
-            self._hook = tensor.register_hook(self._without_gradient)  # type: ignore[no-untyped-call]
+        self._hook: RemovableHandle | None = None
+        self.released = False
+        for other in list(_ACTIVE):
+            if other.tensor is tensor:  # of a load before this one
+                other.release()
+        self._set_hook()
         self.rebase()
         _watch(self)
+
+    def _set_hook(self) -> None:
+        if self._hook is None and self.tensor.requires_grad:
+            self._hook = self.tensor.register_hook(self._without_gradient)  # type: ignore[no-untyped-call]
 
     @property
     def mask(self) -> Tensor:
@@ -54,6 +62,7 @@ class HeldRows:
 
     def rows(self) -> Tensor:
         """A copy of the held rows."""
+        self.index = self.index.to(self.tensor.device)  # the host may have moved the model since
         return self.tensor.detach().index_select(self.dim, self.index)
 
     def rebase(self) -> None:
@@ -63,6 +72,8 @@ class HeldRows:
 
     def unchanged(self, *, sampled: bool) -> bool:
         """Whether the rows are what they were, bit for bit; a cast that the host made is taken as the new value."""
+        if self.released:
+            return True
         rows = self.rows()
         if rows.dtype != self._digests[0]:
             self.rebase()
@@ -71,6 +82,7 @@ class HeldRows:
 
     def release(self) -> None:
         """Let the rows train."""
+        self.released = True
         if self._hook is not None:
             self._hook.remove()
         _ACTIVE.discard(self)
@@ -78,13 +90,14 @@ class HeldRows:
     def _without_gradient(self, grad: Tensor) -> Tensor:
         if grad.is_sparse:  # of an embedding with sparse=True: (row, value) pairs
             grad = grad.coalesce()
-            free = ~torch.isin(grad.indices()[0], self.index)
+            free = ~torch.isin(grad.indices()[0], self.index.to(grad.device))
             return torch.sparse_coo_tensor(
                 grad.indices()[:, free], grad.values()[free], grad.shape, is_coalesced=True, check_invariants=False
             )
         return grad.index_fill(self.dim, self.index.to(grad.device), 0)
 
     def _before_step(self) -> None:
+        self._set_hook()
         self._kept = self.rows()
 
     def _after_step(self) -> None:

@@ -55,23 +55,39 @@ def as_patterns(value: Patterns, *, where: str = "patterns") -> tuple[Pattern, .
 
 
 class PatternSet:
-    """Several patterns over one side, each remembering whether it hit a name."""
+    """Several patterns over one side, each remembering whether it hit a name. Plain paths cost a look-up, however many."""
 
     def __init__(self, patterns: Patterns, *, where: str) -> None:
         self.where = where
         self.patterns = as_patterns(patterns, where=where)
         self._hit = [False] * len(self.patterns)
+        self._paths: dict[str, list[int]] = {}
+        self._globs: list[int] = []
+        for i, pattern in enumerate(self.patterns):
+            if any(c in pattern.glob for c in "*?["):
+                self._globs.append(i)
+            else:
+                self._paths.setdefault(pattern.glob, []).append(i)
 
     def __bool__(self) -> bool:
         return bool(self.patterns)
 
+    def which(self, *names: str) -> list[int]:
+        """Indices of the patterns that match any of these spellings of one entry; each is marked as hit."""
+        found: set[int] = set()
+        for name in names:
+            end = len(name) if self._paths else -1
+            while end >= 0:
+                found.update(self._paths.get(name[:end], ()))
+                end = name.rfind(".", 0, end)
+            found.update(i for i in self._globs if self.patterns[i].matches(name))
+        for i in found:
+            self._hit[i] = True
+        return sorted(found)
+
     def matches(self, *names: str) -> bool:
         """Whether any pattern matches any of these spellings of one entry; every pattern that does is marked as hit."""
-        found = False
-        for i, pattern in enumerate(self.patterns):
-            if any(pattern.matches(name) for name in names):
-                self._hit[i] = found = True
-        return found
+        return bool(self.which(*names))
 
     def without_hit(self) -> list[Pattern]:
         return [p for p, hit in zip(self.patterns, self._hit, strict=True) if not hit and not p.optional]

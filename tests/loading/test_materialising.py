@@ -201,3 +201,70 @@ def test_a_lazy_model_that_the_file_does_not_fill_stays_lazy():
     assert [p.kind for p in plan.errors] == ["missing"]
     warmstart.load(model, {f"1.{k}": v for k, v in source.items()}, allow_missing="0")
     assert nn.parameter.is_lazy(model[0].weight)
+
+
+class Parent(nn.Module):
+    """An owner that initialises its children too."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.child = nn.Linear(2, 2)
+
+    def reset_parameters(self):
+        nn.init.ones_(self.scale)
+        nn.init.constant_(self.child.weight, 9)
+        nn.init.constant_(self.child.bias, 9)
+
+
+def test_m1_an_owner_s_initialisation_leaves_what_its_children_had():
+    with torch.device("meta"):
+        model = Parent()
+    first = warmstart.load(model, {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}, into="child")
+    warmstart.load(model, {"scale": torch.ones(1)}, include="scale", adapt={"scale": warmstart.SliceOrPad()})
+    first.check(model)
+    assert torch.equal(model.scale, torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_keep_weak_references_to_their_weights(kind):
+    source = kind(3, 4)
+    with torch.device("meta"):
+        model = nn.ModuleDict({"rnn": kind(3, 4)})
+    warmstart.load(model, source.state_dict(), into="rnn")
+    x = torch.randn(2, 1, 3)
+    assert torch.equal(model["rnn"](x)[0], source(x)[0])
+
+
+def test_an_adapter_that_gives_every_element_needs_no_initialisation():
+    with torch.device("meta"):
+        model = Bare()
+    state = {"scale": torch.ones(2), "shift": torch.ones(3)}
+    warmstart.load(model, state, adapt={"scale": warmstart.SliceOrPad(4.0)})
+    assert torch.equal(model.scale, torch.tensor([1.0, 1, 4]))
+
+
+def test_an_adapter_at_a_lazy_entry_is_an_error():
+    model = nn.Sequential(nn.LazyLinear(3))
+    state = {"0.weight": torch.ones(3, 4), "0.bias": torch.ones(3)}
+    plan = warmstart.plan(model, state, adapt={"0": warmstart.MapRows(list("abc"), list("cab"))})
+    assert "adapter" in [p.kind for p in plan.errors]
+    assert "dummy batch" in plan.explain()
+
+
+def test_observers_take_the_shapes_of_their_file():
+    from torch.ao.quantization import PerChannelMinMaxObserver
+
+    source, model = nn.Sequential(PerChannelMinMaxObserver()), nn.Sequential(PerChannelMinMaxObserver())
+    source(torch.randn(4, 4))
+    warmstart.load(model, source.state_dict())
+    assert torch.equal(model[0].min_val, source[0].min_val)
+    assert model[0].min_val.shape == (4,)
+
+
+def test_a_plain_weight_into_weight_norm_on_meta():
+    with torch.device("meta"):
+        model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    value = torch.randn(4, 3)
+    warmstart.load(model, {"weight": value, "bias": torch.zeros(4)})
+    assert torch.allclose(model.weight, value, atol=1e-6)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
+import warmstart
 from warmstart import MappingError
 from warmstart.mapping.keys import Key
 from warmstart.mapping.load_hooks import Honoured, honour
@@ -637,7 +638,7 @@ def orthogonal(**how):
 def test_field_note_42_a_plain_weight_is_stored_as_assigning_it_would(build, names):
     torch.manual_seed(0)
     model = nn.Sequential(build())
-    value = torch.randn(4, 4)
+    value = torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])  # symmetric and orthogonal
     expected = copy.deepcopy(model)
     expected[0].weight = value
     state = {"0.weight": value.clone(), "0.bias": torch.randn(4)}
@@ -662,13 +663,20 @@ def test_where_nothing_is_computed_the_key_is_only_renamed():
 
 def test_a_tall_orthogonal_weight_is_the_same_at_every_reading():
     model = parametrizations.orthogonal(nn.Linear(2, 4))
-    state = {"weight": torch.randn(4, 2)}
+    state = {"weight": torch.linalg.qr(torch.randn(4, 2))[0]}
     out = honoured(model, state)
     first, second = values(out, state), values(out, state)
     assert all(same_bits(first[name], second[name]) for name in first)
     model.load_state_dict(first, strict=False)
-    q, _ = torch.linalg.qr(state["weight"])
-    assert torch.allclose((model.weight @ model.weight.mT), q @ q.mT, atol=1e-5)
+    assert torch.allclose(model.weight, state["weight"], atol=1e-5)
+
+
+def test_a_value_that_the_parametrization_cannot_hold_is_refused_before_anything_is_written(fingerprint):
+    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)))
+    before = fingerprint(model)
+    with pytest.raises(warmstart.MappingError, match=r"cannot hold the checkpoint's value[\s\S]*exclude="):
+        warmstart.load(model, {"0.weight": torch.randn(4, 4), "0.bias": torch.zeros(4)})
+    assert fingerprint(model) == before
 
 
 def test_a_stored_tensor_in_the_file_is_taken_as_it_is():

@@ -91,7 +91,9 @@ def test_a_lock_that_is_not_there_says_how_to_write_it(tmp_path):
         warmstart.plan(nn.Linear(2, 2), nn.Linear(2, 2), lock=tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "warmstart_lock: 9", "warmstart_lock: 1\nmapping: 3", "a: [", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "warmstart_lock: 9", "warmstart_lock: 1\nmapping: 3", "a: [", "  x", '  "a": ', "\x00"]
+)
 def test_what_is_no_lock_file_is_refused(tmp_path, text):
     path = tmp_path / "lock.yaml"
     path.write_text(text)
@@ -108,3 +110,27 @@ def test_hostile_names_survive_the_round_trip(tmp_path):
     path = tmp_path / "lock.yaml"
     path.write_text(warmstart.plan(model, source).to_yaml(), encoding="utf-8")
     assert not warmstart.plan(model, source, lock=path).errors
+
+
+@pytest.mark.parametrize("value", [1e-5, 1e22, float("inf"), float("nan"), -0.0])
+def test_numbers_are_locked_as_they_are(tmp_path, value):
+    path = tmp_path / "lock.yaml"
+    model, source = nn.Linear(2, 2), {"weight": torch.zeros(2, 2)}
+    path.write_text(warmstart.plan(model, source, fill={"bias": value}).to_yaml())
+    assert not warmstart.plan(model, source, fill={"bias": value}, lock=path).errors
+
+
+def test_the_dtype_that_is_taken_from_the_file_is_locked(tmp_path):
+    path = tmp_path / "lock.yaml"
+    model = nn.Linear(2, 2, bias=False)
+    path.write_text(warmstart.plan(model, {"weight": torch.zeros(2, 2).bfloat16()}, dtype="checkpoint").to_yaml())
+    plan = warmstart.plan(model, {"weight": torch.zeros(2, 2).half()}, dtype="checkpoint", lock=path)
+    assert [p.kind for p in plan.errors] == ["lock"]
+    assert warmstart.plan(model, {"weight": torch.zeros(2, 2).bfloat16()}, dtype="checkpoint").digest() != plan.digest()
+
+
+def test_a_function_without_a_name_is_not_locked():
+    convert = [warmstart.Conversion("w", "weight", [warmstart.Apply(lambda tensors: tensors)])]
+    plan = warmstart.plan(nn.Linear(2, 2, bias=False), {"w": torch.zeros(2, 2)}, convert=convert)
+    with pytest.raises(MappingError, match="cannot be locked"):
+        plan.to_yaml()

@@ -8,7 +8,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import warmstart
-from warmstart import AdaptInChannels, Concat, Conversion, MappingError, MapRows, SliceOrPad, Split, Stack, Transpose
+from warmstart import (
+    AdaptInChannels,
+    CheckpointError,
+    Concat,
+    Conversion,
+    MappingError,
+    MapRows,
+    SliceOrPad,
+    Split,
+    Stack,
+    Transpose,
+)
 
 
 def saved(checkpoint) -> dict[str, torch.Tensor]:
@@ -153,3 +164,38 @@ def test_concat_of_several_keys_comes_back():
     plan.apply()
     assert torch.equal(model.weight, torch.cat([state["a.w"], state["b.w"]]))
     assert same(saved(plan.reverse()), state)
+
+
+def test_a_part_that_is_not_there_is_an_error():
+    plan = warmstart.plan(nn.Linear(2, 2), nn.Linear(2, 2))
+    for part in (3, -1):
+        with pytest.raises(MappingError, match="parts 0 to 0"):
+            plan.reverse(part)
+
+
+def test_rows_that_were_copied_and_differ_by_now_are_not_one_row():
+    model = nn.Embedding(3, 2)
+    plan = warmstart.plan(model, {"weight": torch.randn(2, 2)}, adapt={"weight": MapRows(["a", "b"], ["a", "a", "b"])})
+    plan.apply()
+    plan.reverse().read("weight")
+    with torch.no_grad():
+        model.weight[1] += 1
+    with pytest.raises(CheckpointError, match="different values by now"):
+        plan.reverse().read("weight")
+
+
+def test_each_conversion_is_undone_once_when_its_keys_are_read_in_order(monkeypatch):
+    from warmstart.mapping.conversions.converted import Converted
+
+    undone = []
+    undo = Converted.undo
+    monkeypatch.setattr(Converted, "undo", lambda self, outputs: undone.append(self) or undo(self, outputs))
+    state = {f"e.{i}.{w}": torch.randn(2) for i in range(20) for w in ("a", "b")}
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(torch.zeros(20, 2)), nn.Parameter(torch.zeros(20, 2))
+    plan = warmstart.plan(
+        model, state, convert=[Conversion("e.{i}.a", "a", [Stack("i", 0)]), Conversion("e.{i}.b", "b", [Stack("i", 0)])]
+    )
+    plan.apply()
+    assert same(saved(plan.reverse()), state)
+    assert len(undone) == 2

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
-from warmstart.mapping.grouping import listed
+from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.names import join, strip
 from warmstart.mapping.plan import Plan
 from warmstart.tensors import same_bits
@@ -51,22 +53,34 @@ def materialise(plan: Plan) -> list[str]:
                 tensor.resize_(assignment.shape)
         owners = list(_owners(plan))
         own = [(owner, _held(owner.module)) for owner in owners]
-        for tensor in _on_meta(plan).values():
-            _swap(tensor, _real(tensor))
-        for owner, held in own:
-            for leaf in owner.leaves:
-                tensor = held[leaf]
-                if tensor.is_meta:
-                    _swap(tensor, _real(tensor))
-            kept = {leaf: t.clone() for leaf, t in held.items() if leaf not in owner.leaves and not t.is_meta}
+        was_real = {
+            id(t) for t in [*plan.model.parameters(), *plan.model.buffers()] if not is_lazy(t) and not t.is_meta
+        }
+        with _weak_references(plan.model):
+            for tensor in _on_meta(plan).values():
+                _swap(tensor, _real(tensor))
+            for owner, held in own:
+                for leaf in owner.leaves:
+                    if held[leaf].is_meta:
+                        _swap(held[leaf], _real(held[leaf]))
+        for owner, _ in own:
+            # An owner may initialise what is below it as well: what had a value keeps it.
+            below = [t for m in owner.module.modules() for t in _held(m).values() if id(t) in was_real]
+            kept = [(tensor, tensor.clone()) for tensor in below]
             assert owner.initialise is not None
             owner.initialise(owner.module)
-            for leaf, value in kept.items():
-                held[leaf].copy_(value)
+            for tensor, value in kept:
+                tensor.copy_(value)
+            was_real.update(id(_held(owner.module)[leaf]) for leaf in owner.leaves)
     if not owners:
         return []
     names = [join(owner.path, leaf) for owner in owners for leaf in owner.leaves]
     return [f"{len(names)} entries were on meta and were initialised by their own modules: {', '.join(names[:4])}"]
+
+
+def needs_memory(plan: Plan) -> bool:
+    """Whether `materialise` has anything to do."""
+    return bool(_on_meta(plan) or _transient(plan)) or any(assignment.reshapes for assignment in plan.assignments)
 
 
 def uninitialisable(plan: Plan) -> list[str]:
@@ -77,6 +91,13 @@ def uninitialisable(plan: Plan) -> list[str]:
         kind = type(owner.module).__name__
         why = "has no reset_parameters()" if owner.initialise is None else "does not set it when it initialises itself"
         lost += [(join(owner.path, leaf), f"{kind} {why}") for leaf in left]
+    on_meta = _on_meta(plan)
+    entries = [
+        t for t in plan.targets.entries.values() if id(t.tensor) in on_meta and not isinstance(t.owner, nn.RNNBase)
+    ]
+    if watched := [target.name for target in entries if weakref.getweakrefs(target.tensor)]:
+        message = f"meta: something holds weak references to {printable(watched[0])} (one of {len(watched)}), so that it cannot"
+        return [f"{message} get memory\n  -> build the model on a real device"]
     if not lost:
         return []
     buffers = {name for name, _ in lost} & _transient(plan)
@@ -103,7 +124,7 @@ def _owners(plan: Plan) -> Iterator[_Owner]:
     if not _on_meta(plan) and not _transient(plan):
         return
     # An alias is the same tensor as the entry that is written in its place.
-    written = (a for a in plan.assignments if a.alias_of is None and a.loaded is None)
+    written = (a for a in plan.assignments if a.alias_of is None and not a.keeps)
     whole = {id(plan.targets.entries[a.target].tensor) for a in written}
     scope = {name for part in plan.parts for name in part.scope}
     roots = [plan.targets.clean_paths.get(part.pretrained.into, part.pretrained.into) for part in plan.parts]
@@ -148,6 +169,19 @@ def _real(tensor: Tensor) -> Tensor:
         real = nn.Parameter(real, requires_grad=tensor.requires_grad)
     real.__dict__.update(tensor.__dict__)
     return real
+
+
+@contextmanager
+def _weak_references(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers keep weak references to their weights, which torch does not swap: set aside, and made again."""
+    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    for layer in layers:
+        layer._flat_weight_refs = []
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._init_flat_weights()
 
 
 def _swap(tensor: Tensor, real: Tensor) -> None:

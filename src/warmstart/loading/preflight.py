@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 
 import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from warmstart.errors import CheckpointError, MappingError, TimingError
 from warmstart.loading.materialising import uninitialisable
-from warmstart.loading.values import Values, duplicates, span, written
+from warmstart.loading.values import Values, as_planned, duplicates, span, written
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan
@@ -26,7 +28,8 @@ def preflight(plan: Plan, values: Values) -> None:
     """
     _unchanged(plan)
     _right_file(plan)
-    problems = [*uninitialisable(plan), *_entangled(plan), *_lost(plan, values), *_two_values(plan, values)]
+    problems = [*uninitialisable(plan), *_entangled(plan)]
+    problems += _value_dependent(plan, values) or [*_lost(plan, values), *_two_values(plan, values)]
     if problems:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
         head = f"the plan for {plan.model_name} cannot be carried out: {count}, nothing was written"
@@ -44,7 +47,7 @@ def _unchanged(plan: Plan) -> None:
         if (
             tensor is None
             or tensor is not target.tensor
-            or (not target.lazy and tuple(tensor.shape) != assignment.shape)
+            or (not assignment.reshapes and tuple(tensor.shape) != assignment.shape)
         ):
             raise TimingError(
                 f"'{assignment.target}' is not the tensor that was planned for; call warmstart.plan(model, ...) again "
@@ -105,9 +108,8 @@ def _entangled(plan: Plan) -> list[str]:
 def _lost(plan: Plan, values: Values) -> list[str]:
     lost: list[tuple[str, str]] = []
     for assignment in written(plan):
-        if assignment.adapter is not None and range_lost(torch.float32, assignment.dtype):
+        if assignment.adapter is not None and assignment.adapter.computes(assignment.source_shape, assignment.shape):
             lost += _overflown(plan, values, assignment)
-            continue
         if assignment.cast is None or not range_lost(*assignment.cast):
             continue
         source = values.source(assignment)
@@ -135,21 +137,44 @@ def _lost(plan: Plan, values: Values) -> list[str]:
 
 
 def _overflown(plan: Plan, values: Values, assignment: Assignment) -> list[tuple[str, str]]:
-    """What an adapter computes of finite values (the sum of channels, say) may be beyond the range of a small dtype."""
-    if not assignment.dtype.is_floating_point or bool(non_finite(values.source(assignment)).any()):
+    """What an adapter computes of finite values (the sum of channels, say) may be beyond the range of the entry's dtype."""
+    source = values.source(assignment)
+    if not source.is_floating_point() or not assignment.dtype.is_floating_point:
         return []
-    current = plan.targets.entries[assignment.target].tensor
+    finite = source.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+    made = non_finite(as_planned(finite, assignment, _current(plan, assignment)))
     mask = assignment.loaded
-    made = non_finite(values.planned(assignment, current))
     count = int((made if mask is None else made & mask).sum())
     name = type(assignment.adapter).__name__
     return [(assignment.target, f"{name} makes {count} values beyond {dtype_name(assignment.dtype)}")] if count else []
 
 
+def _current(plan: Plan, assignment: Assignment) -> Tensor:
+    """What the entry holds; of one that has no memory yet, something of its shape."""
+    tensor = plan.targets.entries[assignment.target].tensor
+    if is_lazy(tensor) or tensor.is_meta:
+        return torch.zeros(assignment.shape, dtype=assignment.dtype)
+    return tensor
+
+
+def _value_dependent(plan: Plan, values: Values) -> list[str]:
+    """Functions and parametrizations that can refuse values are tried on them."""
+    refused: dict[int, str] = {}
+    for assignment in written(plan):
+        made = assignment.conversion
+        if made is not None and made.may_refuse and id(made) not in refused:
+            refused[id(made)] = ""
+            try:
+                values.source(assignment)
+            except MappingError as error:
+                refused[id(made)] = f"conversion: {error}"
+    return [message for message in refused.values() if message]
+
+
 def _two_values(plan: Plan, values: Values) -> list[str]:
     out = []
     for first, second in duplicates(plan):
-        current = plan.targets.entries[first.target].tensor
+        current = _current(plan, first)
         if not same_bits(values.planned(first, current), values.planned(second, current)):
             a, b = (", ".join(map(printable, each.sources[:4])) or f"constant {each.fill}" for each in (first, second))
             out.append(

@@ -68,15 +68,21 @@ class Values:
 def written(plan: Plan) -> Iterator[Assignment]:
     """The assignments that are written, each tied tensor once, and what one conversion makes together."""
     seen: set[str] = set()
-    together: dict[int, list[Assignment]] = {}
-    for assignment in plan.assignments:
+    for assignment in together(plan.assignments):
         if assignment.alias_of is None:
             canonical = plan.targets.entries[assignment.target].canonical
             if canonical not in seen:
                 seen.add(canonical)
-                key = id(assignment.conversion) if assignment.conversion is not None else -len(seen)
-                together.setdefault(key, []).append(assignment)
-    for group in together.values():
+                yield assignment
+
+
+def together(assignments: Iterable[Assignment]) -> Iterator[Assignment]:
+    """Assignments in their order, but what one conversion makes side by side: it runs once then."""
+    groups: dict[int, list[Assignment]] = {}
+    for number, assignment in enumerate(assignments):
+        made = assignment.conversion
+        groups.setdefault(-1 - number if made is None else id(made), []).append(assignment)
+    for group in groups.values():
         yield from group
 
 
@@ -103,8 +109,13 @@ class Digests:
 
     def __init__(self) -> None:
         self._known: dict[str, dict[torch.dtype, int]] = {}
+        self._masks: dict[str, Tensor] = {}
 
-    def keep(self, name: str, value: Tensor) -> None:
+    def keep(self, name: str, value: Tensor, mask: Tensor | None = None) -> None:
+        """Remember a value; with a mask, where it is True: the rest is the model's own."""
+        if mask is not None:
+            self._masks[name] = mask
+            value = value.masked_fill(~mask, 0)
         # A host that computes in 16 bits casts what we wrote; the checksum of that cast has to be known by then.
         wide = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         narrower = wide[wide.index(value.dtype) + 1 :] if value.dtype in wide[:2] else ()
@@ -112,6 +123,8 @@ class Digests:
 
     def equal(self, name: str, tensor: Tensor) -> bool:
         known = self._known[name]
+        if name in self._masks:
+            tensor = tensor.detach().cpu().masked_fill(~self._masks[name], 0)
         if tensor.dtype in known:
             return digest(tensor) == known[tensor.dtype]
         # A cast to a wider type lost nothing: casting back gives what was written.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from warmstart.errors import CheckpointError, VerificationError
-from warmstart.loading.values import Digests, Values, as_planned, written
+from warmstart.loading.values import Digests, Values, as_planned, together, written
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan, Verify
 from warmstart.mapping.targets import Live
@@ -46,9 +46,8 @@ def verify_written(plan: Plan, values: Values, verify: Verify) -> list[str]:
                 wrong.append(Difference(name, "was written and reads back differently"))
         if verify == "full" and (expected.is_floating_point() or expected.is_complex()) and _non_finite(expected):
             odd.append(assignment.target)
-            adapted = assignment.adapter is not None and assignment.loaded is None and not _non_finite(source)
             cast = assignment.adapter is None and assignment.cast is not None
-            if adapted or (cast and _non_finite(expected) > _non_finite(source)):
+            if cast and _non_finite(expected) > _non_finite(source):
                 wrong.append(Difference(assignment.target, "finite values became inf in the model's dtype"))
     raise_differences(wrong, "right after writing")
     if odd:
@@ -91,7 +90,8 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
     values = Values(plan)
     keys = {a.target: a for a in plan.assignments}
     compared: set[int] = set()
-    for name, assignment in keys.items():
+    for assignment in together(plan.assignments):
+        name = assignment.target
         target = plan.targets.entries[name]
         tensor = live.tensor(target)
         if tensor is None or name in gone or id(tensor) in compared or (not buffers and target.kind == "buffer"):

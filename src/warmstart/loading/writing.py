@@ -11,7 +11,7 @@ from torch import Tensor
 
 from warmstart.errors import CheckpointError, MappingError, VerificationError
 from warmstart.loading.inert import inert_adapters
-from warmstart.loading.materialising import materialise
+from warmstart.loading.materialising import materialise, needs_memory
 from warmstart.loading.preflight import preflight
 from warmstart.loading.values import Digests, Values, written
 from warmstart.loading.verifying import verify_written
@@ -56,7 +56,9 @@ def write(plan: Plan, verify: Verify) -> Written:
     preflight(plan, values)
     result = Written(verify)
     done: list[str] = []
+    begun = False
     try:
+        begun = needs_memory(plan)
         result.notes += materialise(plan)
         with torch.no_grad():
             for assignment in written(plan):
@@ -66,12 +68,13 @@ def write(plan: Plan, verify: Verify) -> Written:
                 _place(target.tensor, value, [plan.targets.entries[name].tensor for name in others])
                 done.append(assignment.target)
                 if assignment.fill is None and not plan.parts[assignment.part].checkpoint.files:
-                    result.digests.keep(assignment.target, value)
+                    result.digests.keep(assignment.target, value, assignment.loaded if assignment.keeps else None)
         result.notes += verify_written(plan, values, verify)
-    except VerificationError:
+    except VerificationError as error:
+        error.report = result
         raise
     except Exception as error:
-        if not done:
+        if not begun and not done:
             raise
         total = sum(1 for _ in written(plan))
         names = ", ".join(printable(name) for name in done[:8]) + (", ..." if len(done) > 8 else "")
@@ -80,6 +83,7 @@ def write(plan: Plan, verify: Verify) -> Written:
             f"{error}\n{len(done)} of {total} entries had been written by then ({names}); the model is {state}: build it again "
             "before you go on",
             written=tuple(done),
+            report=result,
         ) from error
     result.notes += inert_adapters(plan)
     result.bytes_read = sum(part.checkpoint.bytes_read for part in plan.parts) - before

@@ -83,6 +83,11 @@ class Assignment:
         """Which elements come from the checkpoint: booleans that broadcast to `shape`; None where all of them do."""
         return None if self.adapter is None else self.adapter.loaded(self.source_shape, self.shape)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether elements of the entry stay what they were before the load."""
+        return self.adapter is not None and self.adapter.keeps(self.source_shape, self.shape)
+
 
 @dataclass(frozen=True)
 class Part:

@@ -50,7 +50,8 @@ def check_nothing(out: PartPlan, named: KeyShapes, shapes: Shapes) -> None:
     if not shapes or out.assigned or any(problem.kind == "ambiguous" for problem in out.errors):
         return
     if not named:
-        out.problem("nothing matched", f"select= leaves none of the {len(out.part.checkpoint)} keys; widen it")
+        if out.part.pretrained.select:
+            out.problem("nothing matched", f"select= leaves none of the {len(out.part.checkpoint)} keys; widen it")
         return
     if out.mismatched:
         message = (
@@ -59,7 +60,7 @@ def check_nothing(out: PartPlan, named: KeyShapes, shapes: Shapes) -> None:
         )
         out.problem("nothing matched", message)
         return
-    keys = "\n".join(f"    {printable(key)}  {shape}" for key, shape in list(named.items())[:4])
+    keys = "\n".join(f"    {printable(key)}  {shape or ''}".rstrip() for key, shape in list(named.items())[:4])
     entries = "\n".join(f"    {name}  {shape}" for name, shape in list(shapes.items())[:4])
     fix = out.hint or "  -> rename={regex: replacement} maps the first onto the second, if it is the right file at all"
     message = (

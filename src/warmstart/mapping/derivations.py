@@ -20,6 +20,7 @@ class Derivation(ABC):
         targets: The names of its outputs, as planning's steps after it see them (relative to `into`).
         shapes: The outputs' shapes; None while a shape depends on the entry it will go to.
         dtypes: The outputs' dtypes.
+        may_refuse: Whether `run` may raise MappingError for the sake of values, so that it is tried before anything is written.
     """
 
     label: str
@@ -27,6 +28,7 @@ class Derivation(ABC):
     targets: tuple[str, ...]
     shapes: list[Shape | None]
     dtypes: list[torch.dtype]
+    may_refuse: bool = False
 
     def resolve(self, wanted: Sequence[Shape | None]) -> None:
         """Settle shapes that were left open, given the shapes of the entries the outputs go to (None: goes nowhere).

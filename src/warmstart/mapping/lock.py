@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from warmstart.tensors import dtype_name
 
 _VERSION = 1
 _GROUPS = 8  # two lines each
+_SECTIONS = ("mapping", "mismatched", "missing", "unexpected", "ignored", "freeze")
+_JSON = json.JSONDecoder()
 _HEAD = """\
 # What goes where, as it was planned. Commit this file: load(..., lock="this file") refuses a run that plans otherwise.
 """
@@ -42,9 +43,9 @@ def compare(plan: Buckets, lock: str | os.PathLike[str]) -> list[Problem]:
     rows = [
         (name, section, was.get(name), now.get(name))
         for section, now in _decisions(plan).items()
-        for was in [known.get(section) or {}]
+        for was in [known[section]]
         for name in sorted({*was, *now})
-        if was.get(name) != now.get(name)
+        if _text(was.get(name)) != _text(now.get(name))
     ]
     if not rows:
         return []
@@ -80,7 +81,7 @@ def _decisions(plan: Buckets) -> dict[str, dict[str, Any]]:
         return f"source {item[0]}: {item[1]}" if isinstance(item, tuple) else str(item)
 
     return {
-        "mapping": {a.target: _decision(a, len(plan.parts) > 1) for a in plan.assignments},
+        "mapping": {a.target: _decision(plan, a) for a in plan.assignments},
         "mismatched": {name: [list(m.checkpoint_shape), list(m.model_shape)] for name, m in plan.mismatched.items()},
         "missing": dict.fromkeys(plan.missing, True),
         "unexpected": dict.fromkeys(map(key, plan.unexpected), True),
@@ -89,10 +90,12 @@ def _decisions(plan: Buckets) -> dict[str, dict[str, Any]]:
     }
 
 
-def _decision(a: Assignment, several: bool) -> dict[str, Any]:
+def _decision(plan: Buckets, a: Assignment) -> dict[str, Any]:
     row: dict[str, Any] = {"keys": list(a.sources), "shape": list(a.shape)}
-    if several:
+    if len(plan.parts) > 1:
         row["part"] = a.part
+    if a.dtype != plan.targets.entries[a.target].dtype:
+        row["dtype"] = dtype_name(a.dtype)
     if a.source_shape != a.shape:
         row["source_shape"] = list(a.source_shape)
     if a.cast is not None:
@@ -100,6 +103,11 @@ def _decision(a: Assignment, several: bool) -> dict[str, Any]:
     if a.alias_of is not None:
         row["alias_of"] = a.alias_of
     if a.conversion is not None:
+        if "<lambda>" in a.conversion.label or "<locals>" in a.conversion.label:
+            raise MappingError(
+                f"{printable(a.conversion.label)}: a function without a name of its own cannot be locked, because another one "
+                "would look the same; define it in a module, with def"
+            )
         row |= {"conversion": a.conversion.label, "output": a.output}
     if a.adapter is not None:
         row["adapter"] = plain(a.adapter)
@@ -108,28 +116,40 @@ def _decision(a: Assignment, several: bool) -> dict[str, Any]:
     return row
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a lock file: YAML of the one form that `to_yaml` writes, an entry a line and JSON in it."""
     try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reading a lock file needs PyYAML: pip install 'warmstart[lock]'", name=error.name
-        ) from error
-    try:
-        known = yaml.safe_load(path.read_text(encoding="utf-8"))
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise MappingError(
             f"lock={str(path)!r}: there is no such file; write it once you are content with the plan: "
             f"pathlib.Path({str(path)!r}).write_text(warmstart.plan(model, ...).to_yaml())"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MappingError(f"lock={str(path)!r} cannot be read as YAML: {error}") from error
-    sections = ("mapping", "mismatched", "missing", "unexpected", "ignored", "freeze")
-    if not isinstance(known, dict) or known.get("warmstart_lock") != _VERSION:
+    except (OSError, UnicodeDecodeError) as error:
+        raise MappingError(f"lock={str(path)!r} cannot be read: {error}") from error
+    known: dict[str, dict[str, Any]] = {}
+    section: dict[str, Any] = {}
+    head = ""
+    try:
+        for line in lines:
+            if line.startswith("  "):
+                name, end = _JSON.raw_decode(line, 2)
+                section[name] = json.loads(line[end + 1 :])
+            elif line.startswith("warmstart_lock:"):
+                head = line.partition(":")[2].strip()
+            elif line and not line.startswith(("#", "model:")):
+                section = known[line.partition(":")[0]] = {}
+    except (ValueError, TypeError) as error:
+        raise MappingError(f"lock={str(path)!r} is damaged ({error}); write it anew with plan.to_yaml()") from None
+    if head != str(_VERSION):
         raise MappingError(f"lock={str(path)!r} is no lock file of this version; write it anew with plan.to_yaml()")
-    if bad := [name for name in sections if not isinstance(known.get(name), dict)]:
+    if bad := [name for name in _SECTIONS if name not in known]:
         raise MappingError(f"lock={str(path)!r} lacks its section {bad[0]!r}; write it anew with plan.to_yaml()")
     return known
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)  # of numbers too: a NaN is the same NaN
 
 
 def _words(name: str, value: Any) -> str:

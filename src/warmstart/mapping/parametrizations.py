@@ -24,6 +24,8 @@ class RightInverse(Derivation):
     random numbers (`torch.nn.utils.parametrizations.orthogonal`), and every rank and every reading must have the same.
     """
 
+    may_refuse = True
+
     def __init__(self, label: str, key: Key, path: str, parametrizations: ParametrizationList) -> None:
         """Try it on what the layer holds now, which any `right_inverse` has to accept.
 
@@ -50,14 +52,14 @@ class RightInverse(Derivation):
         )
         dtype = torch.promote_types(key.dtype, own.dtype) if key.dtype.is_floating_point else own.dtype
         with torch.random.fork_rng(devices=[]):
-            self._copy = copy.deepcopy(parametrizations).cpu().to(dtype).eval()
+            self._copy = _with_values(copy.deepcopy(parametrizations)).to(dtype).eval()
             value = self._copy().detach()
         if tuple(value.shape) != key.shape:
             raise MappingError(
                 f"of another shape: {key.shape} in the checkpoint, {tuple(value.shape)} in the model\n"
                 "  -> load before register_parametrization, where adapt= can change its shape"
             )
-        stored, self.identity = self._stored(value)
+        _, stored, self.identity = self._stored(value)
         self._names = tuple(stored)
         self.targets = tuple(join(path, name) for name in stored)
         self.shapes: list[Shape | None] = [tuple(t.shape) for t in stored.values()]
@@ -71,10 +73,17 @@ class RightInverse(Derivation):
         """
         made = self._key.made
         value = read(0) if made is None else made.run(read)[self._key.output]
+        value = value.to(self.dtypes[0])
         try:
-            stored, _ = self._stored(value.to(self.dtypes[0]))
+            layer, stored, _ = self._stored(value)
+            made = layer().detach()
         except Exception as error:  # the parametrization's code: anything
             raise MappingError(f"{self.label}: right_inverse refuses the checkpoint's value: {error}") from error
+        if (off := (made - value).abs().max().item()) > 1e-3 * value.abs().max().item():
+            raise MappingError(
+                f"{self.label}: its parametrization cannot hold the checkpoint's value, and would make another one of it "
+                f'(up to {off:.2g} away)\n  -> leave it out: exclude=["{self.label}"], or load before register_parametrization'
+            )
         return [stored[name] for name in self._names]
 
     def undo(self, outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -84,8 +93,8 @@ class RightInverse(Derivation):
     def no_inverse(self) -> str:
         return "a parametrization computes its tensor again, and may round"
 
-    def _stored(self, value: Tensor) -> tuple[dict[str, Tensor], bool]:
-        """What a fresh copy holds after the assignment where it was written to, and whether that is `value` itself."""
+    def _stored(self, value: Tensor) -> tuple[ParametrizationList, dict[str, Tensor], bool]:
+        """A fresh copy after the assignment, what it holds where it was written to, and whether that is `value` itself."""
         layer = copy.deepcopy(self._copy)
         before = {name: (t, t._version) for name, t in layer.state_dict(keep_vars=True).items()}
         with torch.random.fork_rng(devices=[]):
@@ -99,7 +108,18 @@ class RightInverse(Derivation):
         }
         only = next(iter(stored.values())) if len(stored) == 1 else None
         identity = only is not None and only.data_ptr() == value.data_ptr() and only.stride() == value.stride()
-        return stored, identity
+        return layer, stored, identity
+
+
+def _with_values(layer: ParametrizationList) -> ParametrizationList:
+    """A copy on the CPU; of one on meta, with ones."""
+    if not any(t.is_meta for t in [*layer.parameters(), *layer.buffers()]):
+        return layer.cpu()
+    layer = layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            tensor.fill_(1)
+    return layer
 
 
 def outputs_of(made: Derivation) -> list[Key]:

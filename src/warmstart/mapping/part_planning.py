@@ -11,12 +11,12 @@ import torch
 
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
-from warmstart.mapping.adapters.base import Adapter
-from warmstart.mapping.adapters.rows import MapRows
 from warmstart.mapping.buckets import Mismatch, Part
 from warmstart.mapping.checks import better_prefix, check_casts, check_nothing
 from warmstart.mapping.conversions.converting import convert
 from warmstart.mapping.derivations import Shape
+from warmstart.mapping.filling import fill
+from warmstart.mapping.fitting import Fitting, adapters_of
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.hints import GUESSES, did_you_mean, report_unused
 from warmstart.mapping.keys import Key
@@ -29,7 +29,6 @@ from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.suffixes import match_suffixes
 from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import PatternSet
-from warmstart.tensors import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def plan_part(number: int, pretrained: Pretrained, checkpoint: Checkpoint, targe
     prefix: Prefix | None = None
     if pretrained.match == "suffix":
         _with_suffixes(keys, scope, out)
-    elif pretrained.strip_prefix is None:
+    elif pretrained.strip_prefix is None and not (out.hint and targets.peft_prefixes):
         prefix = _inferred(named, shapes, scope.into, out)
     if prefix is not None:
         keys = _with_prefix(keys, prefix, shapes, out)
@@ -69,9 +68,9 @@ def plan_part(number: int, pretrained: Pretrained, checkpoint: Checkpoint, targe
 
     keys = _by_their_modules(keys, scope, targets, out)
     _settle(keys, scope, targets, out)
-    out.adapters = _adapters(pretrained, targets, out)
-    leftover = _matched(keys, scope, out)
-    _fill(pretrained, scope, targets, out)
+    out.adapters = adapters_of(pretrained, targets, out)
+    leftover = _matched(keys, scope, targets, out)
+    fill(pretrained, list(scope.entries.values()), targets, out)
     out.notes += apart(list(scope.entries.values()), out.assigned)
     if leftover and pretrained.strip_prefix is not None and not out.hint:
         out.hint = better_prefix(plain, shapes, pretrained, len(out.assigned))
@@ -228,121 +227,27 @@ def _settle(keys: list[Key], scope: Scope, targets: Targets, out: PartPlan) -> N
             key.dtype = made.dtypes[key.output]
 
 
-def _adapters(pretrained: Pretrained, targets: Targets, out: PartPlan) -> dict[str, Adapter]:
-    """Entry to its adapter. What is tied follows, and with the rows of a tied head its bias."""
-    if not pretrained.adapters:
-        return {}
-    found: dict[str, Adapter] = {}
-    named_by: dict[str, str] = {}
-    for pattern, adapter in pretrained.adapters.items():
-        patterns = PatternSet(pattern, where="adapt")
-        for name in targets.entries:
-            if not patterns.matches(*targets.spellings(name)):
-                continue
-            other = named_by.setdefault(name, pattern)
-            if other != pattern and found[name] != adapter:
-                message = (
-                    f"adapt={other!r} and adapt={pattern!r} both name '{name}'; make one of the patterns more exact"
-                )
-                out.problem("adapter", message, (name,))
-            found[name] = adapter
-        report_unused(patterns, [t.clean for t in targets.entries.values()], "model entry", out.errors)
-    for name, adapter in list(found.items()):
-        tied = targets.groups.get(targets.entries[name].canonical, [])
-        for other in tied:
-            found.setdefault(other, adapter)
-        if isinstance(adapter, MapRows) and adapter.dim == 0:
-            owners = {id(targets.entries[other].owner) for other in tied}
-            for bias, target in targets.entries.items():
-                if target.leaf == "bias" and id(target.owner) in owners and bias not in found:
-                    for each in targets.groups.get(target.canonical, [bias]):
-                        found.setdefault(each, adapter)
-                    out.notes.append(f"{bias} follows the rows of {name}, which is tied to its head")
-    return found
-
-
-def _matched(keys: list[Key], scope: Scope, out: PartPlan) -> list[Key]:
+def _matched(keys: list[Key], scope: Scope, targets: Targets, out: PartPlan) -> list[Key]:
     leftover = []
+    fitting = Fitting(out, targets)
     for key in keys:
         target = scope.entries.get(key.name)
         if target is None or key.shape is None:
             leftover.append(key)
             continue
+        reshaped = target.lazy or target.name in out.reshaped
         adapter = out.adapters.get(target.name)
         if not target.lazy and (target.tensor.layout != torch.strided or target.tensor.is_quantized):
             what = "quantised" if target.tensor.is_quantized else "sparse"
             message = f"'{target.name}' is {what} in the model and cannot be written in place; leave it out: "
             out.problem("dtype", f'{message}exclude=["{target.clean}"]', (target.name,))
             out.assigned[target.name] = key
-        elif adapter is not None and not target.lazy:
-            try:
-                adapter.check(key.shape, target.shape)
-            except MappingError as error:
-                message = str(error).replace("<entry>", printable(target.clean))
-                out.problem("adapter", f"'{printable(target.name)}': {message}", (target.name,))
-                out.mismatched[target.name] = Mismatch(key.sources, key.shape, target.shape)
-                out.reported.add(target.name)
-            else:
-                out.assigned[target.name] = key
-                number = key.dtype.is_floating_point or key.dtype.is_complex
-                if not number and adapter.computes(key.shape, target.shape):
-                    message = (
-                        f"'{printable(target.name)}' holds {dtype_name(key.dtype)}, of which {type(adapter).__name__} cannot "
-                        f'compute others; leave it out: exclude=["{printable(target.clean)}"]'
-                    )
-                    out.problem("dtype", message, (target.name,))
-        elif target.lazy or target.shape == key.shape or target.name in out.reshaped:
+        elif (fitting.fits(key, target, adapter, reshaped)) if adapter else reshaped or target.shape == key.shape:
             out.assigned[target.name] = key
         else:
             out.mismatched[target.name] = Mismatch(key.sources, key.shape, target.shape)
+    fitting.report()
     return leftover
-
-
-def _fill(pretrained: Pretrained, scope: Scope, targets: Targets, out: PartPlan) -> None:
-    inside = {target.name for target in scope.entries.values()}
-    given = {targets.entries[name].canonical: key for name, key in out.assigned.items()}
-    for pattern, value in pretrained.fill.items():
-        patterns = PatternSet(pattern, where="fill")
-        names = [name for name in targets.entries if patterns.matches(*targets.spellings(name))]
-        report_unused(patterns, [t.clean for t in targets.entries.values()], "model entry", out.errors)
-        if names and inside.isdisjoint(names):
-            message = (
-                f"fill={pattern!r} names only entries out of the scope, such as '{names[0]}'; widen into= or include="
-            )
-            out.problem("fill", message, tuple(names))
-        for name in names:
-            if name not in inside:
-                continue
-            target = targets.entries[name]
-            key = given.get(target.canonical)
-            shown = (
-                printable(key.spelled)
-                if key
-                else printable(out.mismatched[name].keys[0])
-                if name in out.mismatched
-                else ""
-            )
-            if shown:
-                message = (
-                    f"fill={pattern!r} gives '{name}' a constant, and the checkpoint's '{shown}' a value; make the pattern "
-                    "more exact, or leave the key out with select="
-                )
-                out.problem("fill", message, (name,))
-            elif out.filled.setdefault(name, value) != value:
-                message = f"'{name}' is given {out.filled[name]:g} and {value:g} by two patterns of fill="
-                out.problem("fill", f"{message}; make one of them more exact", (name,))
-            elif why := _unfillable(target, value):
-                out.problem("fill", f"fill={pattern!r}: '{name}' {why}", (name,))
-
-
-def _unfillable(target: Target, value: float) -> str:
-    if target.lazy:
-        return "is lazy and has no shape yet; run one forward pass on a dummy batch first"
-    held = torch.tensor(value, dtype=torch.float64).to(target.dtype)
-    finite = torch.isfinite(held.to(torch.float64 if not held.is_complex() else torch.complex128))
-    if not (target.dtype.is_floating_point or target.dtype.is_complex) and held.item() != value:
-        return f"has integers, which {value:g} is not"
-    return "" if bool(finite) or not abs(value) < float("inf") else f"cannot hold {value:g} in {target.dtype}"
 
 
 def _leftovers(keys: list[Key], scope: Scope, targets: Targets, out: PartPlan) -> None:

@@ -118,6 +118,8 @@ class Plan(Buckets, Generic[R]):
         if part is None and len(self.parts) > 1:
             sources = ", ".join(f"{i}: {p.pretrained.label}" for i, p in enumerate(self.parts))
             raise MappingError(f"the plan has {len(self.parts)} sources; say whose layout, reverse(0): {sources}")
+        if part is not None and not 0 <= part < len(self.parts):
+            raise MappingError(f"reverse({part}): the plan has the parts 0 to {len(self.parts) - 1}")
         return ReversedCheckpoint(self, part or 0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,6 +144,7 @@ class Plan(Buckets, Generic[R]):
                     "shape": list(a.shape),
                     "cast": [dtype_name(d) for d in a.cast] if a.cast else None,
                     "alias_of": a.alias_of,
+                    "dtype": dtype_name(a.dtype),
                     "conversion": a.conversion.label if a.conversion else None,
                     "adapter": plain(a.adapter) if a.adapter else None,
                     "fill": a.fill,

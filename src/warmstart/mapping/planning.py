@@ -246,9 +246,12 @@ def unexcused(
         report_unused(allowed, keys, "checkpoint key", errors)
         for key in part.dangling:
             if not hits.issuperset(key.sources):
+                label = printable(key.made.label if key.made else "")
+                unused = ", ".join(f'"{printable(source)}"' for source in key.sources[:8])
                 message = (
                     f"a conversion makes '{printable(key.name)}', {key.shape}, which fits nothing in the model, from "
-                    f"{_quoted(key.sources)}\n  -> correct its targets: {printable(key.made.label if key.made else '')}"
+                    f"{_quoted(key.sources)}\n  -> correct its targets: {label}\n"
+                    f"  -> or leave it unused: allow_unexpected=[{unused}]"
                 )
                 errors.append(Problem("unexpected", message, key.sources))
         left = [key for key in sorted(part.unexpected) if key not in hits and key not in part.reported]
@@ -309,7 +312,7 @@ def _coverage(scope: Collection[str], assignments: Sequence[Assignment], targets
     total = sum(entries[name].numel for name in {entries[name].canonical for name in scope})
     loaded: dict[str, float] = {}
     for assignment in assignments:
-        if assignment.alias_of is None:
+        if assignment.alias_of is None and assignment.fill is None:
             share = 1.0 if (mask := assignment.loaded) is None else mask.sum().item() / mask.numel()
             target = entries[assignment.target]
             loaded[target.canonical] = share * target.numel

@@ -20,7 +20,8 @@ from warmstart.mapping.conversions.conversion import Conversion, conversion
 from warmstart.mapping.declared import plain
 from warmstart.patterns import Patterns, as_patterns
 
-Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor | np.ndarray[Any, Any]] | nn.Module | Checkpoint
+# Paths come last, because YAML tools take anything for one.
+Source: TypeAlias = str | Mapping[str, Tensor | np.ndarray[Any, Any]] | nn.Module | Checkpoint | os.PathLike[str]
 Renames: TypeAlias = Mapping[str, str] | Sequence[Mapping[str, str]]
 
 _PATTERN_FIELDS = ("select", "include", "exclude", "allow_missing", "allow_unexpected", "allow_mismatched")
@@ -273,9 +274,12 @@ def _by_pattern(pretrained: Pretrained, name: str) -> list[tuple[str, Any]]:
 
 
 def _number(value: Any, pattern: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
-        raise TypeError(f"fill[{pattern!r}]={value!r}: a number")
-    return float(value)
+    if not isinstance(value, bool) and isinstance(value, SupportsFloat | str):  # YAML reads 1e-5 as text
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            pass
+    raise TypeError(f"fill[{pattern!r}]={value!r}: a number")
 
 
 def _plain_stage(stage: Any) -> dict[str, str]:

@@ -36,14 +36,23 @@ class ReversedCheckpoint(Checkpoint):
         super().__init__(
             location=f"a {plan.model_name} in the layout of {source.location}",
             format="memory",
-            infos={
-                k: TensorInfo(source.info(k).shape, source.info(k).dtype) for k in source.keys() if k in self._steps
-            },
+            # What one conversion is undone to lies together, so that reading in this order undoes it once.
+            infos={k: TensorInfo(source.info(k).shape, source.info(k).dtype) for k in self._in_order(source.keys())},
             checkpoint_key=source.checkpoint_key,
             metadata=source.metadata,
             versions=source.versions,
         )
+        self._live = Live(plan.model)
         self._undone: tuple[Derivation | None, list[Tensor]] = (None, [])
+
+    def _in_order(self, keys: Sequence[str]) -> list[str]:
+        places: dict[int, int] = {}
+        order = []
+        for place, key in enumerate(keys):
+            if key in self._steps:
+                made = self._steps[key][0].conversion
+                order.append((places.setdefault(id(made), place) if made is not None else place, place, key))
+        return [key for _, _, key in sorted(order)]
 
     def _read(self, key: str, index: Index | None) -> Tensor:
         steps = self._steps[key]
@@ -70,12 +79,20 @@ class ReversedCheckpoint(Checkpoint):
 
     def _value(self, step: Assignment, dtype: torch.dtype) -> Tensor:
         """What the entry holds, before its adapter and its cast."""
-        live = Live(self._plan.model).tensor(self._plan.targets.entries[step.target])
+        live = self._live.tensor(self._plan.targets.entries[step.target])
         if live is None:
             raise CheckpointError(f"'{step.target}' is no longer part of the model; plan again to save it as it is now")
         value = live.detach().cpu()
         if step.adapter is not None:
-            value = step.adapter.undo(value, step.source_shape)
+            held, value = value, step.adapter.undo(value, step.source_shape)
+            again, mask = step.adapter.apply(value, held), step.loaded
+            if mask is not None:
+                again, held = again.masked_fill(~mask, 0), held.masked_fill(~mask, 0)
+            if not same_bits(again, held):
+                raise CheckpointError(
+                    f"'{printable(step.target)}' holds different values by now where the checkpoint had one; save it in the "
+                    "model's own layout instead"
+                )
         return value.to(dtype)
 
 

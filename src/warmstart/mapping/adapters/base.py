@@ -37,6 +37,16 @@ class Adapter(ABC):
         del source, target
         return None
 
+    def keeps(self, source: Shape, target: Shape) -> bool:
+        """Whether elements of the entry stay what they are."""
+        del source, target
+        return False
+
+    @property
+    def constant(self) -> float | None:
+        """The number that elements get which the checkpoint has no value for; None if there is no such number."""
+        return None
+
     def computes(self, source: Shape, target: Shape) -> bool:
         """Whether elements are computed from others, which integers and booleans do not survive, and not only moved."""
         del source, target

@@ -57,6 +57,13 @@ class SliceOrPad(Adapter):
                 mask = inside if mask is None else mask & inside
         return mask
 
+    def keeps(self, source: Shape, target: Shape) -> bool:
+        return self.fill == "keep" and self.loaded(source, target) is not None
+
+    @property
+    def constant(self) -> float | None:
+        return None if isinstance(self.fill, str) else self.fill
+
     def computes(self, source: Shape, target: Shape) -> bool:
         del source, target
         return False

@@ -126,6 +126,13 @@ class MapRows(Adapter):
         mask[torch.from_numpy(new_rows)] = True
         return mask.view([-1 if d == dim else 1 for d in range(len(target))])
 
+    def keeps(self, source: Shape, target: Shape) -> bool:
+        return self.new_rows == "keep" and self.loaded(source, target) is not None
+
+    @property
+    def constant(self) -> float | None:
+        return None if isinstance(self.new_rows, str) else self.new_rows
+
     def computes(self, source: Shape, target: Shape) -> bool:
         return self.new_rows == "mean" and self.loaded(source, target) is not None
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from warmstart.errors import MappingError
+from warmstart.errors import MappingError, WarmStartError
 from warmstart.mapping.conversions.conversion import Conversion
-from warmstart.mapping.conversions.ops import EachOp, Op, Split, Unstack
+from warmstart.mapping.conversions.ops import Apply, EachOp, Op, Split, Unstack
 from warmstart.mapping.conversions.slots import Coordinate, LazyTensor, Slot
 from warmstart.mapping.derivations import Derivation, Shape
 from warmstart.mapping.grouping import printable
@@ -181,6 +181,7 @@ class Converted(Derivation):
         self, sketcher: Sketcher, inputs: tuple[Input, ...], sources: tuple[str, ...], values: dict[str, str]
     ) -> None:
         self._sketcher = sketcher
+        self.may_refuse = any(isinstance(op, Apply) for op in sketcher.conversion.ops)
         self._inputs = inputs
         self._sketch = sketcher.first(inputs)
         self.label = sketcher.label
@@ -198,11 +199,23 @@ class Converted(Derivation):
             self.dtypes = [output.dtype for output in self._sketch.outputs]
 
     def run(self, read: Callable[[int], Tensor]) -> list[Tensor]:
+        """The outputs, on the CPU.
+
+        Raises:
+            MappingError: A function that was given to `Apply` raised on the values.
+        """
         with torch.no_grad():
-            slots = self._states(read)[-1]
-            if self._sketcher.conversion.copies:
-                return [slots[0].cells[()].make()] * len(self.targets)
-            return [slots[o.template].cells[_coordinate(o)].make() for o in self._sketch.outputs]
+            try:
+                slots = self._states(read)[-1]
+                if self._sketcher.conversion.copies:
+                    return [slots[0].cells[()].make()] * len(self.targets)
+                return [slots[o.template].cells[_coordinate(o)].make() for o in self._sketch.outputs]
+            except (WarmStartError, OSError):
+                raise
+            except Exception as error:  # the function's own code: anything
+                if not self.may_refuse:
+                    raise
+                raise MappingError(f"{self.label}: {type(error).__name__}: {error}") from error
 
     def undo(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         *before, last = self._states(_not_read)

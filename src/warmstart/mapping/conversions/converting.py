@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
@@ -60,6 +61,7 @@ def convert(keys: Sequence[Key], conversions: Sequence[Conversion]) -> Convertin
     takers: dict[str, str] = {}
     virtual: dict[str, Key] = {}
     clashes: dict[tuple[str, str, str], list[str]] = {}
+    lost: set[str] = set()  # sources of outputs whose name another one has
     for number, conversion in enumerate(conversions):
         try:
             matches = [_Matches(template, conversion.shared, pool) for template in conversion.source_templates]
@@ -83,7 +85,13 @@ def convert(keys: Sequence[Key], conversions: Sequence[Conversion]) -> Convertin
                 first = virtual.setdefault(name, key)
                 if first is not key and first.made is not None:
                     clashes.setdefault(("made", first.made.label, derived.label), []).append(name)
+                    lost.update(derived.sources)
     out.errors += [_collision(*clash, sorted(set(names))) for clash, names in clashes.items()]
+    if lost:
+        lost.difference_update(
+            source for key in virtual.values() if key.made is not None for source in key.made.sources
+        )
+        out.failed += [key for key in pool if key.spelled in lost]
     rest = [key for key in pool if key.name not in takers]
     out.displaced = [key for key in rest if key.name in virtual]
     out.keys = sorted([*(key for key in rest if key.name not in virtual), *virtual.values()], key=lambda key: key.name)
@@ -183,6 +191,7 @@ def _missing(instance: Instance, matches: Sequence[_Matches]) -> list[str]:
         for at in cells:
             for name, value in zip(match.gathered, at, strict=True):
                 axes.setdefault(name, {})[value] = None
+    axes = {name: _without_holes(met) for name, met in axes.items()}
     names: list[str] = []
     for match, cells in zip(matches, instance.taken, strict=True):
         values = [axes.get(name, {}) for name in match.gathered]
@@ -193,6 +202,16 @@ def _missing(instance: Instance, matches: Sequence[_Matches]) -> list[str]:
             for at in islice(lacking, _SHOWN + 1):
                 names.append(match.template.render({**instance.values, **dict(zip(match.gathered, at, strict=True))}))
     return names
+
+
+def _without_holes(values: dict[str, None]) -> dict[str, None]:
+    """The values of a gathered placeholder; of numbers, with those between them that are not there."""
+    if not all(re.fullmatch(r"0|[1-9][0-9]{0,8}", value) for value in values):
+        return values
+    numbers = sorted(map(int, values))
+    if numbers[-1] - numbers[0] > 2 * len(numbers) + _SHOWN:
+        return values  # labels that happen to be numbers
+    return dict.fromkeys(map(str, range(numbers[0], numbers[-1] + 1)))
 
 
 def _input(match: _Matches, cells: dict[Coordinate, Key]) -> Input:
