@@ -1,0 +1,138 @@
+"""The arguments: one parser for each command, with `Pretrained`'s fields as options of the same names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from argparse import ArgumentError
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
+from importlib import import_module
+from typing import Any, Final
+
+from jsonargparse import ArgumentParser, Namespace, namespace_to_dict
+
+from warmstart.cli.answers import Answer, UsageError
+from warmstart.errors import MappingError
+from warmstart.mapping.pretrained import Pretrained
+
+COMMANDS: Final = {
+    "inspect": "what a checkpoint holds: trees, tensors, sizes, dtypes",
+    "plan": "what would go where in a model, and what does not fit",
+    "diff": "how two checkpoints differ: names, shapes, values",
+    "convert": "a checkpoint under rules, written as a new one",
+    "check": "whether a run was really started from a checkpoint",
+    "lineage": "where the weights of a file come from",
+}
+_MODULES: Final = {
+    "inspect": "inspecting",
+    "plan": "planning",
+    "diff": "diffing",
+    "convert": "converting",
+    "check": "checking",
+    "lineage": "ancestry",
+}
+_ENDS: Final = """exit codes: 0 it fits, is equal, is done; 1 it does not fit, differs, or is not there; 2 what was typed
+cannot be meant; 3 a source cannot be read or an output cannot be written; 130 and 143 stopped by Ctrl-C and by SIGTERM"""
+
+READING: Final = ("checkpoint_key", "sha256", "trust_pickle", "revision", "subfolder")
+"""The fields that say how a source is read."""
+
+RENAMING: Final = ("select", "strip_prefix", "rename", "convert")
+"""The fields that mean something without a model."""
+
+FIELDS: Final = tuple(field.name for field in fields(Pretrained) if field.name != "source")
+
+
+def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], Answer], Namespace]:
+    """The command that is named, and its arguments.
+
+    Raises:
+        ArgumentError: They are not what the command takes.
+        SystemExit: Help was asked for, and given.
+    """
+    named = args[0] if args and args[0] in COMMANDS else None
+    parser = ArgumentParser(prog="warmstart", description=import_module("warmstart").__doc__, epilog=_ENDS, exit_on_error=False)
+    commands = parser.add_subcommands(dest="command")
+    # One parser is made where one is enough; help and completion want them all.
+    subparsers = {}
+    for name in [named] if named else COMMANDS:
+        module = import_module(f"warmstart.cli.{_MODULES[name]}")
+        subparsers[name] = sub = ArgumentParser(description=module.__doc__, epilog=_ENDS, exit_on_error=False)
+        module.add_arguments(sub)
+        sub.add_argument("--json", action="store_true", help="Print JSON with stable keys instead of text.")
+        commands.add_subcommand(name, sub, help=COMMANDS[name])
+    try:
+        chosen = parser.parse_args(_files_first(args))
+    except ArgumentError as error:
+        known = {name for sub in subparsers.values() for name in _options(sub)}
+        raise UsageError(_in_words(str(error), named, known)) from None
+    module = import_module(f"warmstart.cli.{_MODULES[chosen.command]}")
+    return module.run, chosen[chosen.command]
+
+
+def add_rules(parser: ArgumentParser, names: Collection[str]) -> None:
+    """Fields of `Pretrained` as options, and `--config` for a YAML file of them."""
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="A YAML file of the options below; what is typed on the command line stands over it.",
+    )
+    parser.add_class_arguments(Pretrained, as_group=True, skip={"source", *FIELDS}.difference(names))
+
+
+def pretrained(options: Namespace, source: str | None = None) -> Pretrained:
+    """The source and its rules.
+
+    Raises:
+        UsageError: There is no source, or a value that cannot be meant.
+    """
+    source = source if source is not None else options.source
+    if source is None:
+        raise UsageError("no source was given: type its path, or write source: in the file of --config")
+    given = namespace_to_dict(options)
+    try:
+        return Pretrained(source, **{name: _plain(given[name]) for name in FIELDS if name in given})
+    except (MappingError, TypeError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return {name: _plain(part) for name, part in namespace_to_dict(value).items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _files_first(args: Sequence[str]) -> list[str]:
+    """`--config FILE` before everything else, so that what is typed stands over what is in the file."""
+    first: list[str] = []
+    rest: list[str] = []
+    words = iter(args[1:])
+    for word in words:
+        if word == "--config":
+            first += [word, *[value for value in [next(words, None)] if value is not None]]
+        elif word.startswith("--config="):
+            first.append(word)
+        else:
+            rest.append(word)
+    return [*args[:1], *first, *rest]
+
+
+def _options(parser: ArgumentParser) -> list[str]:
+    return [text for action in parser._actions for text in action.option_strings if text.startswith("--")]
+
+
+def _in_words(message: str, command: str | None, known: Collection[str]) -> str:
+    """What jsonargparse says, on one line and with the nearest option."""
+    see = f"see warmstart {f'{command} ' if command else ''}--help"
+    unknown = re.search(r"does not accept option '([^']*)'|unrecognized arguments: (\S+)", message)
+    if unknown:
+        text = unknown[1] or unknown[2]
+        near = difflib.get_close_matches(f"--{text.lstrip('-')}", known, n=1)
+        hint = f"; did you mean {near[0][2:] if unknown[1] else near[0]}?" if near else ""
+        where = "the file of --config: " if unknown[1] else ""
+        return f"{where}{text!r} is no option of {command or 'warmstart'}{hint}; {see}"
+    value = re.search(r'Parser key "([\w.]+)".*?(?:Given value|Got value): (.*)', message, re.DOTALL)
+    if value:
+        return f"--{value[1]}: {' '.join(value[2].split())!r} is no value of this option; {see}"
+    return f"{' '.join(message.split())}; {see}"
