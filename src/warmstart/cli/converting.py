@@ -24,7 +24,8 @@ from warmstart.lineage import as_metadata, lineage_of_copy
 from warmstart.mapping.names import WRAPPER_SEGMENTS
 from warmstart.version import __version__
 
-FORMATS = ("safetensors", "sharded", "dcp")
+_FORMATS = ("safetensors", "sharded", "dcp")
+_RULES = (*READING, *RENAMING)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -32,13 +33,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("out", nargs="?", help="The file or folder to write.")
     parser.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=_FORMATS,
         help="A file, shards with an index, or torch's distributed format. Needed unless OUT ends in .safetensors.",
     )
     parser.add_argument("--dtype", help="What floating tensors are cast to, such as bfloat16; overflow to inf is an error.")
     parser.add_argument("--max_shard_size", default="5GB", help="Of a sharded one: bytes, or a number with KB, MB or GB.")
     parser.add_argument("--force", action="store_true", help="Replace what is at OUT, once the new one is complete.")
-    add_rules(parser, (*READING, *RENAMING))
+    add_rules(parser, _RULES)
 
 
 def run(options: Namespace) -> Answer:
@@ -51,7 +52,7 @@ def run(options: Namespace) -> Answer:
         limit = checked_size(options.max_shard_size)
     except ValueError:
         raise UsageError(f"--max_shard_size {options.max_shard_size!r}: write it as 5GB or 500MB") from None
-    rules = pretrained(options)
+    rules = pretrained(options, _RULES)
     made = RuledCheckpoint(rules, opened(rules), _dtype(options.dtype))
     record = lineage_of_copy(rules, made.source, len(made), __version__)
     metadata = {**made.metadata, "format": "pt", **as_metadata(record)}

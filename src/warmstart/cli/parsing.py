@@ -81,18 +81,16 @@ def add_rules(parser: ArgumentParser, names: Collection[str]) -> None:
     parser.add_class_arguments(Pretrained, as_group=True, skip={"source", *FIELDS}.difference(names))
 
 
-def pretrained(options: Namespace, source: str | None = None) -> Pretrained:
+def pretrained(options: Namespace, names: Collection[str]) -> Pretrained:
     """The source and its rules.
 
     Raises:
         UsageError: There is no source, or a value that cannot be meant.
     """
-    source = source if source is not None else options.source
-    if source is None:
+    if options.source is None:
         raise UsageError("no source was given: type its path, or write source: in the file of --config")
-    given = namespace_to_dict(options)
     try:
-        return Pretrained(source, **{name: _plain(given[name]) for name in FIELDS if name in given})
+        return Pretrained(options.source, **{name: _plain(options[name]) for name in names})
     except (MappingError, TypeError) as error:
         raise UsageError(str(error)) from None
 

@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Answer:
     """Keys of the JSON: `fits`, `digest`, `lock` and those of `Plan.to_dict`."""
-    rules = pretrained(options)
+    rules = pretrained(options, FIELDS)
     made = plan(model_of(options.model), rules)
     code = Exit.DIFFERS if made.errors else Exit.OK
     text, lock = str(made), None
