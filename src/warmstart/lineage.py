@@ -53,9 +53,7 @@ def lineage(plan: Plan, version: str) -> dict[str, Any]:
 
 def lineage_of_copy(pretrained: Pretrained, checkpoint: Checkpoint, count: int, version: str) -> dict[str, Any]:
     """The lineage of `count` tensors that rules alone made of a checkpoint, without a model; the same keys."""
-    return _record(
-        [(pretrained, checkpoint, None)], version, model=None, plan_sha256=None, loaded=count, coverage=None
-    )
+    return _record([(pretrained, checkpoint, None)], version, model=None, plan_sha256=None, loaded=count, coverage=None)
 
 
 def as_metadata(record: Mapping[str, Any]) -> dict[str, str]:
@@ -129,7 +127,7 @@ def _source(pretrained: Pretrained, checkpoint: Checkpoint, prefix: tuple[str, s
 def _from_torch(path: Path) -> list[dict[str, Any]]:
     """From the callbacks' states in a file of `torch.save`; it is unpickled only if it says the word."""
     file = MappedFile(path)
-    if not file.map[:4] == b"PK\x03\x04":
+    if file.map[:4] != b"PK\x03\x04":
         return []
     members = read_directory(file)
     folder = find_pickle(members)

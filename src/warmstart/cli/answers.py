@@ -42,4 +42,3 @@ class Answer:
 def safe(text: str) -> str:
     """Text for a terminal: control characters of names and paths escaped, lines kept."""
     return "\n".join(printable(line, _LINE) for line in text.split("\n"))
-

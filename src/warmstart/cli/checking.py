@@ -177,7 +177,9 @@ def _text(data: Mapping[str, Any], checkpoint: str, source: str) -> str:
     answer = {"yes": "yes", "no": "no", "unknown": "cannot tell"}[data["verdict"]]
     out = [f"{answer}: {checkpoint} <- {source}", f"  lineage {said}"]
     if not data["compared"]:
-        out.append("  values: no tensor of the one has a counterpart in the other; give the rules, such as --into or --rename")
+        out.append(
+            "  values: no tensor of the one has a counterpart in the other; give the rules, such as --into or --rename"
+        )
     else:
         correlation = "none" if data["correlation"] is None else f"{data['correlation']:.3f}"
         distance = "inf" if data["distance"] is None else f"{data['distance']:.2e}"
@@ -188,5 +190,7 @@ def _text(data: Mapping[str, Any], checkpoint: str, source: str) -> str:
     if data["by_lineage"] == "other" and data["by_values"] == "yes":
         out.append("  so it is kin to it all the same: a copy under other names, or from a common ancestor")
     if data["by_lineage"] in ("source", "ancestor") and data["by_values"] == "no":
-        out.append("  lineage and values contradict each other: other weights may have been written over those that were loaded")
+        out.append(
+            "  lineage and values contradict each other: other weights may have been written over those that were loaded"
+        )
     return "\n".join(out + [f"  note: {note}" for note in data["notes"]])

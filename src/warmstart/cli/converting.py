@@ -36,8 +36,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=_FORMATS,
         help="A file, shards with an index, or torch's distributed format. Needed unless OUT ends in .safetensors.",
     )
-    parser.add_argument("--dtype", help="What floating tensors are cast to, such as bfloat16; overflow to inf is an error.")
-    parser.add_argument("--max_shard_size", default="5GB", help="Of a sharded one: bytes, or a number with KB, MB or GB.")
+    parser.add_argument(
+        "--dtype", help="What floating tensors are cast to, such as bfloat16; overflow to inf is an error."
+    )
+    parser.add_argument(
+        "--max_shard_size", default="5GB", help="Of a sharded one: bytes, or a number with KB, MB or GB."
+    )
     parser.add_argument("--force", action="store_true", help="Replace what is at OUT, once the new one is complete.")
     add_rules(parser, _RULES)
 
@@ -101,4 +105,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def _wrappers(made: RuledCheckpoint) -> list[str]:
     found = sorted({segment for key in made.keys() for segment in key.split(".")} & WRAPPER_SEGMENTS)
     rule = ", ".join(f'"{segment}": ""' for segment in found)
-    return [f"{', '.join(found)} in the names may be a wrapper's; to take it out: --rename '{{{rule}}}'"] if found else []
+    return (
+        [f"{', '.join(found)} in the names may be a wrapper's; to take it out: --rename '{{{rule}}}'"] if found else []
+    )

@@ -31,13 +31,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", metavar="A", help="A checkpoint; the options below are about it.")
     parser.add_argument("other", nargs="?", metavar="B", help="The checkpoint to compare it with.")
     parser.add_argument("--other_checkpoint_key", help="Which tree of B, as a dotted path.")
-    parser.add_argument("--values", choices=("full", "off"), default="full", help="Whether tensors are read and compared.")
+    parser.add_argument("--names_only", action="store_true", help="Read no tensor: compare names, shapes and dtypes.")
     add_rules(parser, _RULES)
 
 
 def run(options: Namespace) -> Answer:
     """Keys of the JSON: `equal`, `a`, `b`, `only_a`, `only_b`, `shapes`, `dtypes`, `modules` and `tensors`, the last two with
-    `distance` and what is `equal` bit for bit; both null with `--values off`, under which `equal` speaks of the rest.
+    `distance` and what is `equal` bit for bit; both null with `--names_only`, under which `equal` speaks of the rest.
     """
     if options.other is None:
         raise UsageError("two checkpoints are needed: warmstart diff A B")
@@ -53,7 +53,7 @@ def run(options: Namespace) -> Answer:
         if a.info(k).dtype != b.info(k).dtype
     }
     only_a, only_b = ([k for k in c.keys() if k not in names] for c, names in ((a, names_b), (b, names_a)))
-    pairs = None if options.values == "off" else _compared(a, b, [key for key in common if key not in shapes])
+    pairs = None if options.names_only else _compared(a, b, [key for key in common if key not in shapes])
     modules = None if pairs is None else _by_module(pairs)
     moved = pairs is not None and any(not sums.equal for sums in pairs.values())
     equal = not (only_a or only_b or shapes or dtypes or moved)
@@ -132,5 +132,5 @@ def _prefixes(a: Checkpoint, b: Checkpoint) -> list[str]:
     pair = pairs[0]
     rule = f"--strip_prefix '{printable(pair.strip)}'" if pair.strip else ""
     if pair.add:
-        rule = f"{rule} --rename '{{\"^\": \"{printable(pair.add)}.\"}}'".strip()
+        rule = f'{rule} --rename \'{{"^": "{printable(pair.add)}."}}\''.strip()
     return [f"no name is in both; {pair.score:,} of A's fit B's under {rule}"]

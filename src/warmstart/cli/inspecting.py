@@ -23,7 +23,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", help="The checkpoint: a file, a folder, a model of the hub, or a URL.")
     parser.add_argument("--nonfinite", action="store_true", help="Read every tensor and count NaN and infinities.")
     parser.add_argument("--digest", action="store_true", help="Read the file and print its SHA-256.")
-    parser.add_argument("--rows", type=int, default=40, help="At most this many lines for the tensors; 0 is all of them.")
+    parser.add_argument(
+        "--rows", type=int, default=40, help="At most this many lines for the tensors; 0 is all of them."
+    )
     add_rules(parser, READING)
 
 
@@ -79,15 +81,14 @@ def _non_finite(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
 def _lines(data: dict[str, Any], limit: int) -> list[str]:
     dtypes = ", ".join(f"{count:,} {name}" for name, count in data["dtypes"].items())
     tree = f" [{data['checkpoint_key']}]" if data["checkpoint_key"] else ""
-    out = [
-        f"{data['location']}{tree}",
-        f"  {data['format']}: {len(data['tensors']):,} tensors ({dtypes}), {data['elements']:,} elements, "
-        f"{data['bytes']:,} bytes",
-    ]
+    counts = f"{len(data['tensors']):,} tensors ({dtypes}), {data['elements']:,} elements, {data['bytes']:,} bytes"
+    out = [f"{data['location']}{tree}", f"  {data['format']}: {counts}"]
     if data["trees"]:
         out.append(f"  {len(data['trees'])} trees; a load takes one of them:")
         for t in data["trees"]:
-            out.append(f'    --checkpoint_key "{t["checkpoint_key"]}"  {t["tensors"]:,} tensors, {t["elements"]:,} elements')
+            out.append(
+                f'    --checkpoint_key "{t["checkpoint_key"]}"  {t["tensors"]:,} tensors, {t["elements"]:,} elements'
+            )
     if data["wrappers"]:
         out.append(f"  wrapper segments in the names: {', '.join(data['wrappers'])}; a plan takes them out by itself")
     if data["sha256"]:
@@ -101,11 +102,9 @@ def _lines(data: dict[str, Any], limit: int) -> list[str]:
     if rest := groups[len(shown) :]:
         out.append(f"  ... and {sum(map(len, rest)):,} more tensors in {len(rest):,} groups; --rows 0 prints them all")
     if data["nonfinite"] is not None:
-        counts = [(key, f"{c['nan']:,} NaN, {c['inf']:,} inf") for key, c in data["nonfinite"].items()]
-        out.append(f"  {len(counts):,} tensors hold NaN or infinities" if counts else "  every value is finite")
-        out += [f"    {printable(key)}  {what}" for key, what in counts]
+        bad = [(key, f"{c['nan']:,} NaN, {c['inf']:,} inf") for key, c in data["nonfinite"].items()]
+        out.append(f"  {len(bad):,} tensors hold NaN or infinities" if bad else "  every value is finite")
+        out += [f"    {printable(key)}  {what}" for key, what in bad]
     if data["lineages"]:
         out.append("  it carries its lineage: warmstart lineage FILE prints it")
     return out + [f"  note: {note}" for note in data["notes"]]
-
-

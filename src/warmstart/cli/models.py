@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import re
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.cli.answers import UsageError
+from warmstart.cli.parsing import find_modules_here
 from warmstart.errors import CheckpointError
 
 HELP = (
@@ -48,7 +48,7 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     Raises:
         CheckpointError: A name that no module can have.
     """
-    root = type(Path(checkpoint.location).name or "Checkpoint", (nn.Module,), {})()
+    root: nn.Module = type(Path(checkpoint.location).name or "Checkpoint", (nn.Module,), {})()
     for key in checkpoint.keys():
         info = checkpoint.info(key)
         *path, leaf = key.split(".")
@@ -70,8 +70,7 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
 
 def _of_class(text: str) -> nn.Module:
     where, _, name = text.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` has it
+    find_modules_here()
     try:
         found: Any = import_module(where)
     except ModuleNotFoundError as error:

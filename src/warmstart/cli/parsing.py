@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from importlib import import_module
 from typing import Any, Final
 
-from jsonargparse import ArgumentParser, Namespace, namespace_to_dict
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from warmstart.cli.answers import Answer, UsageError
 from warmstart.errors import MappingError
@@ -33,7 +35,18 @@ _MODULES: Final = {
     "lineage": "ancestry",
 }
 _ENDS: Final = """exit codes: 0 it fits, is equal, is done; 1 it does not fit, differs, or is not there; 2 what was typed
-cannot be meant; 3 a source cannot be read or an output cannot be written; 130 and 143 stopped by Ctrl-C and by SIGTERM"""
+cannot be meant; 3 a source cannot be read or an output cannot be written; 130 and 143 stopped by Ctrl-C and by SIGTERM.
+completion: warmstart --print_completion shtab-bash (or shtab-zsh)"""
+
+_KINDS: Final = {
+    "collections.abc.Mapping": "a mapping ({name: value})",
+    "collections.abc.Sequence": "a list ([...])",
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "text",
+    "NoneType": "null",
+}
 
 READING: Final = ("checkpoint_key", "sha256", "trust_pickle", "revision", "subfolder")
 """The fields that say how a source is read."""
@@ -51,8 +64,12 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], Answer], Namespace
         ArgumentError: They are not what the command takes.
         SystemExit: Help was asked for, and given.
     """
+    if args and args[0].startswith("--print_completion"):
+        set_parsing_settings(add_print_completion_argument=True)
     named = args[0] if args and args[0] in COMMANDS else None
-    parser = ArgumentParser(prog="warmstart", description=import_module("warmstart").__doc__, epilog=_ENDS, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="warmstart", description=import_module("warmstart").__doc__, epilog=_ENDS, exit_on_error=False
+    )
     commands = parser.add_subcommands(dest="command")
     # One parser is made where one is enough; help and completion want them all.
     subparsers = {}
@@ -89,15 +106,23 @@ def pretrained(options: Namespace, names: Collection[str]) -> Pretrained:
     """
     if options.source is None:
         raise UsageError("no source was given: type its path, or write source: in the file of --config")
+    if "apply" in str(options.get("convert")):
+        find_modules_here()
     try:
         return Pretrained(options.source, **{name: _plain(options[name]) for name in names})
     except (MappingError, TypeError) as error:
         raise UsageError(str(error)) from None
 
 
+def find_modules_here() -> None:
+    """Let functions and classes that were named be found in this folder, behind everything that is installed."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Namespace):
-        return {name: _plain(part) for name, part in namespace_to_dict(value).items()}
+        return {name: _plain(part) for name, part in value.as_dict().items()}
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
@@ -121,16 +146,19 @@ def _options(parser: ArgumentParser) -> list[str]:
 
 
 def _in_words(message: str, command: str | None, known: Collection[str]) -> str:
-    """What jsonargparse says, on one line and with the nearest option."""
+    """What jsonargparse says, on one line, in the words of the command line, and with the nearest option."""
     see = f"see warmstart {f'{command} ' if command else ''}--help"
-    unknown = re.search(r"does not accept option '([^']*)'|unrecognized arguments: (\S+)", message)
-    if unknown:
-        text = unknown[1] or unknown[2]
-        near = difflib.get_close_matches(f"--{text.lstrip('-')}", known, n=1)
-        hint = f"; did you mean {near[0][2:] if unknown[1] else near[0]}?" if near else ""
-        where = "the file of --config: " if unknown[1] else ""
-        return f"{where}{text!r} is no option of {command or 'warmstart'}{hint}; {see}"
-    value = re.search(r'Parser key "([\w.]+)".*?(?:Given value|Got value): (.*)', message, re.DOTALL)
-    if value:
-        return f"--{value[1]}: {' '.join(value[2].split())!r} is no value of this option; {see}"
-    return f"{' '.join(message.split())}; {see}"
+    if unknown := re.search(r"does not accept option '([^']*)'|unrecognized arguments: (\S+)", message):
+        in_file, typed = unknown.groups()
+        near = difflib.get_close_matches(f"--{(in_file or typed).lstrip('-')}", known, n=1)
+        hint = f"; did you mean {near[0] if typed else near[0].lstrip('-')}?" if near else ""
+        where = "the file of --config: " if in_file else ""
+        return f"{where}{in_file or typed!r} is no option of {command or 'warmstart'}{hint}; {see}"
+    if value := re.search(r'Parser key "([\w.]+)".*?(?:Given value|Got value): (.*)', message, re.DOTALL):
+        wanted = re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message)
+        kinds = " or ".join(dict.fromkeys(_KINDS.get(kind, kind) or choices for kind, choices in wanted))
+        return f"--{value[1]}: {' '.join(value[2].split())!r} should be {kinds or 'something else'}; {see}"
+    if "command" in message and command is None:
+        return f"name a command: {', '.join(COMMANDS)}; {see}"
+    said = re.sub(r'Parser key "([\w.]+)"', r"--\1", message)
+    return f"{' '.join(said.split())}; {see}"

@@ -67,7 +67,9 @@ def whole_folder(out: Path, *, force: bool) -> Iterator[Path]:
 def _beside(out: Path) -> Iterator[Path]:
     """A scratch folder on the same disk as `out`."""
     if not out.parent.is_dir():
-        raise CheckpointError(f"{out}: there is no folder {out.parent} to write into; make it first: mkdir -p {out.parent}")
+        raise CheckpointError(
+            f"{out}: there is no folder {out.parent} to write into; make it first: mkdir -p {out.parent}"
+        )
     scratch = Path(tempfile.mkdtemp(prefix=".warmstart-", dir=out.parent))
     try:
         yield scratch

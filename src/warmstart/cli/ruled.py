@@ -92,7 +92,9 @@ def _ruled(pretrained: Pretrained, source: Checkpoint) -> tuple[list[Key], list[
         converting = convert(keys, pretrained.conversions)
         out.errors += converting.errors
         for key in converting.displaced:
-            out.problem("collision", f"a conversion makes '{printable(key.name)}', and there is a key of that name already")
+            out.problem(
+                "collision", f"a conversion makes '{printable(key.name)}', and there is a key of that name already"
+            )
         keys = converting.keys
         _settle(keys, out.errors)
     if not keys and not out.errors:
@@ -102,7 +104,9 @@ def _ruled(pretrained: Pretrained, source: Checkpoint) -> tuple[list[Key], list[
         shown = [f"{problem.kind}: {problem.message}" for problem in out.errors[:12]]
         if len(out.errors) > 12:
             shown.append(f"... and {len(out.errors) - 12} more")
-        raise MappingError("\n\n".join([f"the rules do not fit {pretrained.label}: {count}, nothing was written", *shown]))
+        raise MappingError(
+            "\n\n".join([f"the rules do not fit {pretrained.label}: {count}, nothing was written", *shown])
+        )
     # What one conversion makes stands together, so that it runs once.
     place = {id(key.made): number for number, key in reversed(list(enumerate(keys))) if key.made is not None}
     order = [place.get(id(key.made), number) for number, key in enumerate(keys)]

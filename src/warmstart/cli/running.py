@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _stoppable():
             return _run(args)
+    except OSError as error:  # what was to be printed
+        _print(f"warmstart: cannot print: {error.strerror}", sys.stderr)
+        _forget(sys.stdout)
+        return Exit.UNREADABLE
     except _StoppedError as stopped:
         return 128 + stopped.signal
     except KeyboardInterrupt:
@@ -73,8 +77,12 @@ def _print(text: str, stream: TextIO) -> None:
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
-        # Python flushes once more when it ends: into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        _forget(stream)
+
+
+def _forget(stream: TextIO) -> None:
+    """Python flushes what is left once more when it ends: into nothing."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _StoppedError(BaseException):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +45,7 @@ def write_safetensors(checkpoint: Checkpoint, path: Path, metadata: Mapping[str,
 def write_shards(
     checkpoint: Checkpoint, folder: Path, metadata: Mapping[str, str], told: Told, max_shard_size: int
 ) -> None:
-    """safetensors shards of at most `max_shard_size` bytes (a larger tensor has one alone), and their index.
+    """Shards of safetensors, of at most `max_shard_size` bytes (a larger tensor has one alone), and their index.
 
     Raises:
         MappingError, CheckpointError, OSError: As `write_safetensors`.
@@ -68,9 +69,11 @@ def write_dcp(checkpoint: Checkpoint, folder: Path, metadata: Mapping[str, str],
         CheckpointError: The source cannot be read.
         OSError: The folder cannot be written.
     """
-    from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     class Streaming(DefaultSavePlanner):
         """Plans on tensors without memory and reads each when it is written."""
@@ -83,12 +86,14 @@ def write_dcp(checkpoint: Checkpoint, folder: Path, metadata: Mapping[str, str],
     infos = {key: checkpoint.info(key) for key in checkpoint.keys()}
     placeholders = {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in infos.items()}
     try:
-        save(
-            placeholders,
-            storage_writer=FileSystemWriter(folder),
-            planner=Streaming(flatten_state_dict=False),
-            no_dist=True,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process is meant
+            save(
+                placeholders,
+                storage_writer=FileSystemWriter(folder),
+                planner=Streaming(flatten_state_dict=False),
+                no_dist=True,
+            )
     except CheckpointException as error:
         (cause, *_) = [wrapped[0] for wrapped in error.failures.values()]
         raise cause from None
@@ -149,7 +154,7 @@ def _bytes(tensor: Tensor) -> Iterator[memoryview]:
         size = tensor.element_size() // (2 if tensor.is_complex() else 1)
         flat = flat.view(-1, size).flip(1).reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
-        yield memoryview(flat[start : start + _CHUNK].numpy())
+        yield flat[start : start + _CHUNK].numpy().data
 
 
 def checked_size(text: str) -> int:
@@ -164,5 +169,3 @@ def checked_size(text: str) -> int:
     if size <= 0:
         raise ValueError(text)
     return size
-
-
