@@ -88,7 +88,7 @@ def test_all_dtypes_survive_and_every_tensor_is_aligned(run, tmp_path):
         assert same_bits(theirs.get_tensor("half"), tensors["half"])
 
 
-def test_shards_are_at_most_as_large_as_asked_and_transformers_finds_them(run, source, state, tmp_path):
+def test_shards_are_at_most_as_large_as_asked_and_named_as_in_a_transformers_folder(run, source, state, tmp_path):
     assert run("convert", source, "out", "--format", "sharded", "--max_shard_size", "2KB").code == 0
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == state.keys()

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 from warmstart.api import plan
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.checkpoints.opening import open_checkpoint
-from warmstart.cli.answers import Answer, Exit, UsageError
+from warmstart.cli.answers import Answer, Exit
 from warmstart.cli.comparing import Sums
 from warmstart.cli.models import skeleton
 from warmstart.cli.opening import opened
@@ -46,8 +46,8 @@ class Told:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("checkpoint", nargs="?", metavar="MODEL-CHECKPOINT", help="The run's own checkpoint.")
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="What it should have been started from.")
+    parser.add_argument("checkpoint", metavar="MODEL-CHECKPOINT", help="The run's own checkpoint.")
+    parser.add_argument("source", metavar="SOURCE", help="What it should have been started from.")
     parser.add_argument("--model_checkpoint_key", help="Which tree of MODEL-CHECKPOINT, as a dotted path.")
     add_rules(parser, _OPTIONS)
 
@@ -56,8 +56,6 @@ def run(options: Namespace) -> Answer:
     """Keys of the JSON: `verdict` (`yes`, `no`, `unknown`), `by_lineage`, `by_values`, `compared`, `equal`, `correlation` (the
     median over matrices), `distance` (of all together), `notes`.
     """
-    if options.checkpoint is None:
-        raise UsageError("two checkpoints are needed: warmstart check MODEL-CHECKPOINT SOURCE")
     run_of = open_checkpoint(options.checkpoint, checkpoint_key=options.model_checkpoint_key)
     rules = pretrained(options, _OPTIONS)
     lineages = [record for record in recorded(run_of) if "unreadable" not in record]

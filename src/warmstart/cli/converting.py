@@ -29,8 +29,8 @@ _RULES = (*READING, *RENAMING)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", nargs="?", help="The checkpoint: a file, a folder, a model of the hub, or a URL.")
-    parser.add_argument("out", nargs="?", help="The file or folder to write.")
+    parser.add_argument("source", help="The checkpoint: a file, a folder, a model of the hub, or a URL.")
+    parser.add_argument("out", help="The file or folder to write.")
     parser.add_argument(
         "--format",
         choices=_FORMATS,
@@ -48,8 +48,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Answer:
     """Keys of the JSON: `source`, `out`, `format`, `tensors`, `bytes`, `left_out`, `lineage`, `notes`."""
-    if options.out is None:
-        raise UsageError("the output is missing: warmstart convert SOURCE OUT")
     out = Path(options.out).expanduser()
     format = _format(options.format, out)
     try:

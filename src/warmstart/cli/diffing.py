@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.checkpoints.opening import open_checkpoint
-from warmstart.cli.answers import Answer, Exit, UsageError
+from warmstart.cli.answers import Answer, Exit
 from warmstart.cli.comparing import Sums
 from warmstart.cli.opening import opened
 from warmstart.cli.parsing import READING, RENAMING, add_rules, pretrained
@@ -28,8 +28,8 @@ _RULES = (*READING, *RENAMING)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", nargs="?", metavar="A", help="A checkpoint; the options below are about it.")
-    parser.add_argument("other", nargs="?", metavar="B", help="The checkpoint to compare it with.")
+    parser.add_argument("source", metavar="A", help="A checkpoint; the options below are about it.")
+    parser.add_argument("other", metavar="B", help="The checkpoint to compare it with.")
     parser.add_argument("--other_checkpoint_key", help="Which tree of B, as a dotted path.")
     parser.add_argument("--names_only", action="store_true", help="Read no tensor: compare names, shapes and dtypes.")
     add_rules(parser, _RULES)
@@ -39,8 +39,6 @@ def run(options: Namespace) -> Answer:
     """Keys of the JSON: `equal`, `a`, `b`, `only_a`, `only_b`, `shapes`, `dtypes`, `modules` and `tensors`, the last two with
     `distance` and what is `equal` bit for bit; both null with `--names_only`, under which `equal` speaks of the rest.
     """
-    if options.other is None:
-        raise UsageError("two checkpoints are needed: warmstart diff A B")
     rules = pretrained(options, _RULES)
     a: Checkpoint = RuledCheckpoint(rules, opened(rules))
     b = open_checkpoint(options.other, checkpoint_key=options.other_checkpoint_key, trust_pickle=rules.trust_pickle)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from importlib import import_module
 from typing import Any, Final
@@ -82,8 +82,8 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], Answer], Namespace
     try:
         chosen = parser.parse_args(_files_first(args))
     except ArgumentError as error:
-        known = {name for sub in subparsers.values() for name in _options(sub)}
-        raise UsageError(_in_words(str(error), named, known)) from None
+        labels = {} if named is None else _labels(subparsers[named])
+        raise UsageError(_in_words(str(error), named, labels)) from None
     module = import_module(f"warmstart.cli.{_MODULES[chosen.command]}")
     return module.run, chosen[chosen.command]
 
@@ -102,10 +102,8 @@ def pretrained(options: Namespace, names: Collection[str]) -> Pretrained:
     """The source and its rules.
 
     Raises:
-        UsageError: There is no source, or a value that cannot be meant.
+        UsageError: A value that cannot be meant.
     """
-    if options.source is None:
-        raise UsageError("no source was given: type its path, or write source: in the file of --config")
     if "apply" in str(options.get("convert")):
         find_modules_here()
     try:
@@ -141,23 +139,30 @@ def _files_first(args: Sequence[str]) -> list[str]:
     return [*args[:1], *first, *rest]
 
 
-def _options(parser: ArgumentParser) -> list[str]:
-    return [text for action in parser._actions for text in action.option_strings if text.startswith("--")]
+def _labels(parser: ArgumentParser) -> dict[str, str]:
+    """Each argument as its user types it: `--model`, `SOURCE`."""
+    return {
+        action.dest: action.option_strings[0] if action.option_strings else str(action.metavar or action.dest.upper())
+        for action in parser._actions
+    }
 
 
-def _in_words(message: str, command: str | None, known: Collection[str]) -> str:
+def _in_words(message: str, command: str | None, labels: Mapping[str, str]) -> str:
     """What jsonargparse says, on one line, in the words of the command line, and with the nearest option."""
     see = f"see warmstart {f'{command} ' if command else ''}--help"
     if unknown := re.search(r"does not accept option '([^']*)'|unrecognized arguments: (\S+)", message):
         in_file, typed = unknown.groups()
-        near = difflib.get_close_matches(f"--{(in_file or typed).lstrip('-')}", known, n=1)
-        hint = f"; did you mean {near[0] if typed else near[0].lstrip('-')}?" if near else ""
+        near = difflib.get_close_matches((in_file or typed).lstrip("-"), labels, n=1)
+        hint = f"; did you mean {labels[near[0]] if typed else near[0]}?" if near else ""
         where = "the file of --config: " if in_file else ""
         return f"{where}{in_file or typed!r} is no option of {command or 'warmstart'}{hint}; {see}"
     if value := re.search(r'Parser key "([\w.]+)".*?(?:Given value|Got value): (.*)', message, re.DOTALL):
         wanted = re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message)
         kinds = " or ".join(dict.fromkeys(_KINDS.get(kind, kind) or choices for kind, choices in wanted))
         return f"--{value[1]}: {' '.join(value[2].split())!r} should be {kinds or 'something else'}; {see}"
+    if lacking := re.search(r"arguments are required: (.*)", message):
+        names = [labels.get(name.rpartition(".")[2], name) for name in lacking[1].split(", ")]
+        return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing; {see}"
     if "command" in message and command is None:
         return f"name a command: {', '.join(COMMANDS)}; {see}"
     said = re.sub(r'Parser key "([\w.]+)"', r"--\1", message)

@@ -10,7 +10,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from warmstart.api import plan
-from warmstart.cli.answers import Answer, Exit, UsageError
+from warmstart.cli.answers import Answer, Exit
 from warmstart.cli.models import HELP, model_of
 from warmstart.cli.parsing import FIELDS, add_rules, pretrained
 from warmstart.cli.placing import whole_file
@@ -21,8 +21,8 @@ _AS_OPTIONS = """as options: name=["a", "b"] is --name '[a, b]', or name: [a, b]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", nargs="?", help="The checkpoint: a file, a folder, a model of the hub, or a URL.")
-    parser.add_argument("--model", help=HELP)
+    parser.add_argument("source", help="The checkpoint: a file, a folder, a model of the hub, or a URL.")
+    parser.add_argument("--model", required=True, help=HELP)
     parser.add_argument("--lock", help="Write the plan's decisions here, for load(..., lock=FILE) and the callbacks.")
     parser.add_argument("--force", action="store_true", help="Replace a lock file that decides otherwise.")
     add_rules(parser, FIELDS)
@@ -30,8 +30,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Answer:
     """Keys of the JSON: `fits`, `digest`, `lock` and those of `Plan.to_dict`."""
-    if options.model is None:
-        raise UsageError("--model is missing: pkg.mod:Class, a transformers folder, or another checkpoint")
     rules = pretrained(options, FIELDS)
     made = plan(model_of(options.model), rules)
     code = Exit.DIFFERS if made.errors else Exit.OK
