@@ -58,10 +58,10 @@ class Sums:
 
     @property
     def distance(self) -> float:
-        """|A - B| / |A|, by the Frobenius norm; 0 where they are equal, inf where A is zero and B is not."""
+        """|A - B| / |A|, by the Frobenius norm; 0 where they are equal, inf where A is zero, or not finite, and B is another."""
         if self.gap == 0:
             return 0.0
-        return math.sqrt(self.gap / self.aa) if self.aa > 0 and math.isfinite(self.gap) else math.inf
+        return math.sqrt(self.gap / self.aa) if 0 < self.aa < math.inf and self.gap < math.inf else math.inf
 
     @property
     def correlation(self) -> float | None:

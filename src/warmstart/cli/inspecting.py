@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--nonfinite", action="store_true", help="Read every tensor and count NaN and infinities.")
     parser.add_argument("--digest", action="store_true", help="Read the file and print its SHA-256.")
     parser.add_argument(
-        "--rows", type=int, default=40, help="At most this many lines for the tensors; 0 is all of them."
+        "--rows", type=int, default=40, help="At most this many groups; 0: every tensor by itself."
     )
     add_rules(parser, READING)
 
@@ -93,13 +93,15 @@ def _lines(data: dict[str, Any], limit: int) -> list[str]:
         out.append(f"  wrapper segments in the names: {', '.join(data['wrappers'])}; a plan takes them out by itself")
     if data["sha256"]:
         out.append(f"  SHA-256 {data['sha256']}")
-    groups = grouped((t["key"], f"{tuple(t['shape'])} {t['dtype']}") for t in data["tensors"])
-    shown = groups if limit <= 0 or len(groups) <= limit else groups[: limit - 1]
-    width = min(72, max((len(printable(group.template)) for group in shown), default=0))
-    for group in shown:
-        count = f"  x{len(group):,}" if len(group) > 1 else ""
-        out.append(f"  {printable(group.template):{width}}  {group.tag}{count}")
-    if rest := groups[len(shown) :]:
+    tensors = [(t["key"], f"{tuple(t['shape'])} {t['dtype']}") for t in data["tensors"]]
+    groups = grouped(tensors)
+    shown = groups if len(groups) <= limit else groups[: limit - 1]
+    rows = [(g.template, g.tag, f"  x{len(g):,}" if len(g) > 1 else "") for g in shown]
+    if limit <= 0:
+        rows = [(key, what, "") for key, what in tensors]
+    width = min(72, max((len(printable(name)) for name, _, _ in rows), default=0))
+    out += [f"  {printable(name):{width}}  {what}{count}" for name, what, count in rows]
+    if limit > 0 and (rest := groups[len(shown) :]):
         out.append(f"  ... and {sum(map(len, rest)):,} more tensors in {len(rest):,} groups; --rows 0 prints them all")
     if data["nonfinite"] is not None:
         bad = [(key, f"{c['nan']:,} NaN, {c['inf']:,} inf") for key, c in data["nonfinite"].items()]

@@ -41,11 +41,18 @@ completion: warmstart --print_completion shtab-bash (or shtab-zsh)"""
 _KINDS: Final = {
     "collections.abc.Mapping": "a mapping ({name: value})",
     "collections.abc.Sequence": "a list ([...])",
+    "dict": "a mapping ({name: value})",
+    "list": "a list ([...])",
     "float": "a number",
     "int": "a whole number",
     "bool": "true or false",
     "str": "text",
     "NoneType": "null",
+}
+
+_OBJECTS: Final = {
+    "convert": "Conversions: [{sources: ..., targets: ..., ops: [{concat: {dim: 0}}]}].",
+    "adapt": "Patterns of model entries and their adapters: {encoder.pos: {resize_pos_embed: {prefix_tokens: 1}}}.",
 }
 
 READING: Final = ("checkpoint_key", "sha256", "trust_pickle", "revision", "subfolder")
@@ -81,7 +88,7 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], Answer], Namespace
         commands.add_subcommand(name, sub, help=COMMANDS[name])
     try:
         chosen = parser.parse_args(_files_first(args))
-    except ArgumentError as error:
+    except (ArgumentError, UnicodeDecodeError) as error:
         labels = {} if named is None else _labels(subparsers[named])
         raise UsageError(_in_words(str(error), named, labels)) from None
     module = import_module(f"warmstart.cli.{_MODULES[chosen.command]}")
@@ -95,7 +102,13 @@ def add_rules(parser: ArgumentParser, names: Collection[str]) -> None:
         action="config",
         help="A YAML file of the options below; what is typed on the command line stands over it.",
     )
-    parser.add_class_arguments(Pretrained, as_group=True, skip={"source", *FIELDS}.difference(names))
+    # Rules that are objects in Python are plain data here, as in YAML: `Pretrained` says best what is wrong with them.
+    objects = {"convert": list[dict[str, Any]], "adapt": dict[str, Any]}
+    plain = set(names).difference(objects)
+    parser.add_class_arguments(Pretrained, as_group=True, skip={"source", *FIELDS}.difference(plain))
+    for name, kind in objects.items():
+        if name in names:
+            parser.add_argument(f"--{name}", type=kind, default=kind(), help=_OBJECTS[name])
 
 
 def pretrained(options: Namespace, names: Collection[str]) -> Pretrained:
@@ -107,7 +120,7 @@ def pretrained(options: Namespace, names: Collection[str]) -> Pretrained:
     if "apply" in str(options.get("convert")):
         find_modules_here()
     try:
-        return Pretrained(options.source, **{name: _plain(options[name]) for name in names})
+        return Pretrained(options.source, **{name: options[name] for name in names})
     except (MappingError, TypeError) as error:
         raise UsageError(str(error)) from None
 
@@ -118,20 +131,15 @@ def find_modules_here() -> None:
         sys.path.append(os.getcwd())
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Namespace):
-        return {name: _plain(part) for name, part in value.as_dict().items()}
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
-
-
 def _files_first(args: Sequence[str]) -> list[str]:
     """`--config FILE` before everything else, so that what is typed stands over what is in the file."""
     first: list[str] = []
     rest: list[str] = []
-    words = iter(args[1:])
-    for word in words:
-        if word == "--config":
-            first += [word, *[value for value in [next(words, None)] if value is not None]]
+    words = list(args[1:])
+    while words:
+        word = words.pop(0)
+        if word == "--config" and words:
+            first += [word, words.pop(0)]
         elif word.startswith("--config="):
             first.append(word)
         else:
@@ -163,7 +171,11 @@ def _in_words(message: str, command: str | None, labels: Mapping[str, str]) -> s
     if lacking := re.search(r"arguments are required: (.*)", message):
         names = [labels.get(name.rpartition(".")[2], name) for name in lacking[1].split(", ")]
         return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing; {see}"
-    if "command" in message and command is None:
+    if command is None and 'expected "command"' in message:
         return f"name a command: {', '.join(COMMANDS)}; {see}"
+    if choice := re.search(r"argument command: invalid choice: '(.*)' \(", message):
+        near = difflib.get_close_matches(choice[1], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{choice[1]!r} is no command{hint}; the commands are {', '.join(COMMANDS)}"
     said = re.sub(r'Parser key "([\w.]+)"', r"--\1", message)
     return f"{' '.join(said.split())}; {see}"
