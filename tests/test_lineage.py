@@ -17,7 +17,11 @@ from warmstart.lineage import METADATA_KEY, as_metadata, lineage_of_copy, record
 
 
 def record(location: str = "s3://bucket/first.safetensors", **more) -> dict:
-    return {"sources": [{"location": location, "header_sha256": "ab" * 32, "rules": {}}], "loaded": 2, "ancestors": []} | more
+    return {
+        "sources": [{"location": location, "header_sha256": "ab" * 32, "rules": {}}],
+        "loaded": 2,
+        "ancestors": [],
+    } | more
 
 
 @pytest.fixture
@@ -57,7 +61,10 @@ def test_with_several_sources_each_ancestor_says_whose_it_is(tmp_path, state):
     save_file({"a.weight": state["weight"]}, tmp_path / "plain.safetensors")
     save_file({"a.bias": state["bias"]}, tmp_path / "child.safetensors", as_metadata(record()))
     model = nn.ModuleDict({"a": nn.Linear(3, 2)})
-    sources = [warmstart.Pretrained(tmp_path / f"{n}.safetensors", include=p) for n, p in (("plain", "a.weight"), ("child", "a.bias"))]
+    sources = [
+        warmstart.Pretrained(tmp_path / f"{n}.safetensors", include=p)
+        for n, p in (("plain", "a.weight"), ("child", "a.bias"))
+    ]
     (ancestor,) = warmstart.load(model, sources).lineage["ancestors"]
     assert ancestor == {"of_source": 1, **record()}
 

@@ -69,7 +69,11 @@ def test_the_lineage_is_believed_and_its_rules_match_the_names(run, tmp_path):
 
 def test_lineage_and_values_that_contradict_each_other_are_told(run, source, state, tmp_path):
     report = warmstart.load(nn.Linear(16, 16), source, select="encoder.layer.0.q", strip_prefix="encoder.layer.0.q")
-    save_file({"weight": torch.randn(16, 16), "bias": torch.randn(16)}, tmp_path / "run.safetensors", as_metadata(report.lineage))
+    save_file(
+        {"weight": torch.randn(16, 16), "bias": torch.randn(16)},
+        tmp_path / "run.safetensors",
+        as_metadata(report.lineage),
+    )
     ran = run("check", "run.safetensors", source)
     assert ran.code == 1
     assert ran.out.startswith("cannot tell")

@@ -61,7 +61,9 @@ def test_rules_apply_to_the_first(run, source, state, tmp_path):
     ran = run("diff", source, "renamed.safetensors")
     assert ran.code == 1
     assert """18 of A's fit B's under --strip_prefix 'encoder' --rename '{"^": "bert."}'""" in ran.out
-    assert run("diff", source, "renamed.safetensors", "--strip_prefix", "encoder", "--rename", '{"^": "bert."}').code == 0
+    assert (
+        run("diff", source, "renamed.safetensors", "--strip_prefix", "encoder", "--rename", '{"^": "bert."}').code == 0
+    )
     assert run("diff", source, "renamed.safetensors", "--rename", '{"encoder": "bert"}').code == 0
 
 
@@ -89,7 +91,9 @@ def test_nan_is_equal_to_the_same_nan_and_not_to_a_number():
     assert Sums.of(a, torch.tensor([2.0, 1.0])).distance == math.inf
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.bool, torch.complex64, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.bool, torch.complex64, torch.float64]
+)
 def test_every_dtype_can_be_compared(dtype):
     a = torch.tensor([1.0, 0.0, 1.0]).to(dtype)
     b = torch.tensor([1.0, 1.0, 1.0]).to(dtype)

@@ -113,7 +113,9 @@ def test_the_same_yaml_gives_the_same_plan_here_in_python_and_in_the_callback(ru
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, default_root_dir=written,
     ).fit(Module(), data)  # fmt: skip
     assert callback.report is not None
-    assert callback.report.plan.to_yaml().splitlines()[3:] == plan.to_yaml().splitlines()[3:]  # but for the class's name
+    assert (
+        callback.report.plan.to_yaml().splitlines()[3:] == plan.to_yaml().splitlines()[3:]
+    )  # but for the class's name
 
     # and the other way round
     (written / "python.lock.yaml").write_text(plan.to_yaml())
@@ -140,7 +142,9 @@ def test_what_is_typed_stands_over_the_file_wherever_it_is_typed(run, written):
     assert ran.code == 3  # the file's checkpoint_key stays
     assert parts is None
     assert "there is no tree 'model'" in ran.data["error"]["message"]
-    ran = run("plan", "other.pt", "--checkpoint_key", "null", "--model", "planned_models:Net", "--config=rules.yaml", "--json")
+    ran = run(
+        "plan", "other.pt", "--checkpoint_key", "null", "--model", "planned_models:Net", "--config=rules.yaml", "--json"
+    )
     assert ran.data["parts"][0]["source"] == "other.pt"
     assert ran.data["parts"][0]["rules"]["into"] == "encoder"
 
@@ -152,7 +156,10 @@ def test_a_plan_with_errors_is_shown_and_no_lock_is_written(run, written):
     assert ran.out.startswith(plan.explain())
     assert "l.yaml: not written" in ran.out
     assert not (written / "l.yaml").exists()
-    assert run("plan", "bert.pt", "--checkpoint_key", "ema", "--model", "planned_models:Net", "--json").data["fits"] is False
+    assert (
+        run("plan", "bert.pt", "--checkpoint_key", "ema", "--model", "planned_models:Net", "--json").data["fits"]
+        is False
+    )
 
 
 def test_a_lock_that_decides_otherwise_is_kept_unless_forced(run, written):
@@ -172,8 +179,12 @@ def test_a_lock_that_decides_otherwise_is_kept_unless_forced(run, written):
 
 
 def test_another_checkpoint_as_the_model(run, tmp_path):
-    save_file({"a.training": torch.ones(2, 3), "a.b.steps": torch.ones(1, dtype=torch.int64)}, tmp_path / "model.safetensors")
-    save_file({"x.a.training": torch.ones(2, 3), "x.a.b.steps": torch.ones(1, dtype=torch.int64)}, tmp_path / "s.safetensors")
+    save_file(
+        {"a.training": torch.ones(2, 3), "a.b.steps": torch.ones(1, dtype=torch.int64)}, tmp_path / "model.safetensors"
+    )
+    save_file(
+        {"x.a.training": torch.ones(2, 3), "x.a.b.steps": torch.ones(1, dtype=torch.int64)}, tmp_path / "s.safetensors"
+    )
     ran = run("plan", "s.safetensors", "--model", "model.safetensors", "--json")
     assert ran.code == 0
     assert ran.data["model"] == "model.safetensors"

@@ -33,12 +33,6 @@ def folder(tmp_path, source):
     return tmp_path
 
 
-def call(folder: Path, *words: object, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*WARMSTART, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=120, **options
-    )
-
-
 def in_the_middle(folder: Path, out: str, *options: str) -> subprocess.Popen[str]:
     """A conversion that has written half of its tensors and waits."""
     (folder / "reached").unlink(missing_ok=True)
@@ -71,13 +65,13 @@ def test_a_signal_leaves_the_old_file_and_nothing_of_the_new_one(folder, number,
         assert list(load_file(folder / out)) == ["old"]
 
 
-def test_kill_9_in_the_middle_leaves_the_old_file_whole(folder):
+def test_kill_9_in_the_middle_leaves_the_old_file_whole(folder, run):
     save_file({"old": torch.ones(3)}, folder / "out.safetensors")
     process = in_the_middle(folder, "out.safetensors", "--force")
     process.kill()
     process.communicate(timeout=60)
     assert list(load_file(folder / "out.safetensors")) == ["old"]
-    assert call(folder, "convert", "source.safetensors", "out.safetensors", "--force").returncode == 0
+    assert run("convert", "source.safetensors", "out.safetensors", "--force").code == 0
     assert len(load_file(folder / "out.safetensors")) == 18
 
 
@@ -142,7 +136,9 @@ def test_a_file_that_may_not_be_read_is_said(run, source):
 
 
 def test_without_jsonargparse_the_line_to_install_it_is_said(folder):
-    program = "import sys; sys.modules['jsonargparse'] = None; from warmstart.cli import main; sys.exit(main(['inspect']))"
+    program = (
+        "import sys; sys.modules['jsonargparse'] = None; from warmstart.cli import main; sys.exit(main(['inspect']))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == "warmstart: the command line needs jsonargparse: pip install 'warmstart[cli]'\n"

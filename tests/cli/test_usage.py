@@ -101,7 +101,9 @@ def test_escapes_in_names_do_not_reach_the_terminal(run, tmp_path):
         ran = run(*arguments)
         text = ran.out + ran.err
         assert not {"\x1b", "\x9b", "\u202e"} & set(text), arguments
-    assert any(tensor["key"] == evil for tensor in json.loads(run("inspect", "evil.safetensors", "--json").out)["tensors"])
+    assert any(
+        tensor["key"] == evil for tensor in json.loads(run("inspect", "evil.safetensors", "--json").out)["tensors"]
+    )
 
 
 def test_completion_is_a_script_with_all_commands(run):

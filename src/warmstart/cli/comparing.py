@@ -10,7 +10,7 @@ from torch import Tensor
 
 from warmstart.tensors import same_bits
 
-_CHUNK = 1 << 22  # elements; each takes 8 bytes while it is summed
+_CHUNK = 1 << 20  # elements; each takes 8 bytes while it is summed
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class Sums:
 
     @property
     def distance(self) -> float:
-        """|A - B| / |A|, by the Frobenius norm; 0 where they are equal, inf where A is zero, or not finite, and B is another."""
+        """|A - B| / |A|, by the Frobenius norm; inf where they differ and A is zero or not finite."""
         if self.gap == 0:
             return 0.0
         return math.sqrt(self.gap / self.aa) if 0 < self.aa < math.inf and self.gap < math.inf else math.inf

@@ -23,9 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", help="The checkpoint: a file, a folder, a model of the hub, or a URL.")
     parser.add_argument("--nonfinite", action="store_true", help="Read every tensor and count NaN and infinities.")
     parser.add_argument("--digest", action="store_true", help="Read the file and print its SHA-256.")
-    parser.add_argument(
-        "--rows", type=int, default=40, help="At most this many groups; 0: every tensor by itself."
-    )
+    parser.add_argument("--rows", type=int, default=40, help="At most this many groups; 0: every tensor by itself.")
     add_rules(parser, READING)
 
 

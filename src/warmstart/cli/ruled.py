@@ -17,6 +17,8 @@ from warmstart.mapping.pool import renamed, selected, without_collisions
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.tensors import dtype_name, non_finite
 
+_CHUNK = 1 << 20  # elements that are looked at together
+
 
 class RuledCheckpoint(Checkpoint):
     """What `select`, `strip_prefix`, `rename` and `convert` make of a checkpoint.
@@ -62,7 +64,7 @@ class RuledCheckpoint(Checkpoint):
         wanted = self.info(key).dtype
         if value.dtype != wanted:
             cast = value.to(wanted)
-            if bool((non_finite(cast) & ~non_finite(value)).any()):
+            if _overflows(value, cast):
                 raise MappingError(
                     f"dtype: '{printable(key)}' holds values beyond the range of {dtype_name(wanted)}; choose a wider dtype, "
                     "such as bfloat16 or float32"
@@ -73,13 +75,11 @@ class RuledCheckpoint(Checkpoint):
     def _value(self, key: Key) -> Tensor:
         if key.made is None:
             return self.source.read(key.spelled)
-        made, outputs = self._made
-        if made is not key.made:
+        if self._made[0] is not key.made:
             self._made = (None, [])  # frees what the one before made
             sources = key.made.sources
-            outputs = key.made.run(lambda i: self.source.read(sources[i]))
-            self._made = (key.made, outputs)
-        return outputs[key.output]
+            self._made = (key.made, key.made.run(lambda i: self.source.read(sources[i])))
+        return self._made[1][key.output]
 
 
 def _ruled(pretrained: Pretrained, source: Checkpoint) -> tuple[list[Key], list[str]]:
@@ -126,6 +126,12 @@ def _settle(keys: list[Key], errors: list[Problem]) -> None:
                 continue
         if key.made is not None and id(key.made) not in failed:
             key.shape, key.dtype = key.made.shapes[key.output], key.made.dtypes[key.output]
+
+
+def _overflows(value: Tensor, cast: Tensor) -> bool:
+    before, after = value.reshape(-1), cast.reshape(-1)
+    parts = (slice(start, start + _CHUNK) for start in range(0, before.numel(), _CHUNK))
+    return any(bool((non_finite(after[part]) & ~non_finite(before[part])).any()) for part in parts)
 
 
 def _cast(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor
@@ -142,19 +142,17 @@ def _write_file(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for key in keys:
-            for part in _bytes(checkpoint.read(key)):
-                file.write(part)
-                told(len(part))
+            _write_tensor(checkpoint.read(key), file, told)
 
 
-def _bytes(tensor: Tensor) -> Iterator[memoryview]:
+def _write_tensor(tensor: Tensor, file: BinaryIO, told: Told) -> None:
     """A tensor's elements in row-major order and little-endian, without a copy where they lie so."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     if sys.byteorder == "big" and tensor.element_size() > 1:
         size = tensor.element_size() // (2 if tensor.is_complex() else 1)
         flat = flat.view(-1, size).flip(1).reshape(-1)
     for start in range(0, flat.numel(), _CHUNK):
-        yield flat[start : start + _CHUNK].numpy().data
+        told(file.write(flat[start : start + _CHUNK].numpy().data))
 
 
 def checked_size(text: str) -> int:
