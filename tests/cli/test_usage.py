@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from warmstart.cli.parsing import COMMANDS
+from warmstart.cli.parsing import COMMANDS, FIELDS
 
 PLAN = ("plan", "source.safetensors", "--model", "source.safetensors")
 
@@ -80,8 +82,6 @@ def test_help_names_the_options_and_the_exit_codes(run, command):
 
 
 def test_every_field_of_pretrained_is_an_option_of_plan(run):
-    from warmstart.cli.parsing import FIELDS
-
     text = run("plan", "--help").out
     assert all(f"--{name}" in text for name in FIELDS)
 
@@ -112,3 +112,29 @@ def test_completion_is_a_script_with_all_commands(run):
     assert ran.code == 0
     assert "--allow_missing" in ran.out
     assert all(name in ran.out for name in COMMANDS)
+
+
+WORDS = st.one_of(
+    st.text(max_size=12),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(["sources", "targets", "ops", "concat", "split", "dim", "a.{i}", "*"]),
+                inner,
+                max_size=3,
+            )
+        ),
+        max_leaves=6,
+    ).map(json.dumps),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(FIELDS), value=WORDS)
+def test_whatever_a_field_is_given_there_is_an_answer_or_one_message(run, source, name, value):
+    assume(name != "trust_pickle")
+    ran = run(*PLAN, f"--{name}={value}")
+    assert ran.code in (0, 1, 2, 3)
+    assert bool(ran.out) != bool(ran.err)

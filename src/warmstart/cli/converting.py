@@ -49,6 +49,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> Answer:
     """Keys of the JSON: `source`, `out`, `format`, `tensors`, `bytes`, `left_out`, `lineage`, `notes`."""
     out = Path(options.out).expanduser()
+    if out.name in ("", ".."):
+        raise UsageError(f"{options.out!r} is no name for a file or folder to write")
     format = _format(options.format, out)
     try:
         limit = checked_size(options.max_shard_size)

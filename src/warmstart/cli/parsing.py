@@ -19,21 +19,15 @@ from warmstart.errors import MappingError
 from warmstart.mapping.pretrained import Pretrained
 
 COMMANDS: Final = {
-    "inspect": "what a checkpoint holds: trees, tensors, sizes, dtypes",
-    "plan": "what would go where in a model, and what does not fit",
-    "diff": "how two checkpoints differ: names, shapes, values",
-    "convert": "a checkpoint under rules, written as a new one",
-    "check": "whether a run was really started from a checkpoint",
-    "lineage": "where the weights of a file come from",
+    "inspect": ("inspecting", "what a checkpoint holds: trees, tensors, sizes, dtypes"),
+    "plan": ("planning", "what would go where in a model, and what does not fit"),
+    "diff": ("diffing", "how two checkpoints differ: names, shapes, values"),
+    "convert": ("converting", "a checkpoint under rules, written as a new one"),
+    "check": ("checking", "whether a run was really started from a checkpoint"),
+    "lineage": ("ancestry", "where the weights of a file come from"),
 }
-_MODULES: Final = {
-    "inspect": "inspecting",
-    "plan": "planning",
-    "diff": "diffing",
-    "convert": "converting",
-    "check": "checking",
-    "lineage": "ancestry",
-}
+"""Each command's module in this package, with `add_arguments(parser)` and `run(options)`, and what it shows."""
+
 _ENDS: Final = """exit codes: 0 it fits, is equal, is done; 1 it does not fit, differs, or is not there; 2 what was typed
 cannot be meant; 3 a source cannot be read or an output cannot be written; 130 and 143 stopped by Ctrl-C and by SIGTERM.
 completion: warmstart --print_completion shtab-bash (or shtab-zsh)"""
@@ -68,7 +62,7 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], Answer], Namespace
     """The command that is named, and its arguments.
 
     Raises:
-        ArgumentError: They are not what the command takes.
+        UsageError: They are not what the command takes.
         SystemExit: Help was asked for, and given.
     """
     if args and args[0].startswith("--print_completion"):
@@ -81,18 +75,19 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], Answer], Namespace
     # One parser is made where one is enough; help and completion want them all.
     subparsers = {}
     for name in [named] if named else COMMANDS:
-        module = import_module(f"warmstart.cli.{_MODULES[name]}")
+        file, shows = COMMANDS[name]
+        module = import_module(f"warmstart.cli.{file}")
         subparsers[name] = sub = ArgumentParser(description=module.__doc__, epilog=_ENDS, exit_on_error=False)
         module.add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="Print JSON with stable keys instead of text.")
-        commands.add_subcommand(name, sub, help=COMMANDS[name])
+        commands.add_subcommand(name, sub, help=shows)
     try:
         chosen = parser.parse_args(_files_first(args))
     except (ArgumentError, UnicodeDecodeError) as error:
         labels = {} if named is None else _labels(subparsers[named])
         raise UsageError(_in_words(str(error), named, labels)) from None
-    module = import_module(f"warmstart.cli.{_MODULES[chosen.command]}")
-    return module.run, chosen[chosen.command]
+    command = import_module(f"warmstart.cli.{COMMANDS[chosen.command][0]}").run
+    return command, chosen[chosen.command]
 
 
 def add_rules(parser: ArgumentParser, names: Collection[str]) -> None:

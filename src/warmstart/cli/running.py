@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -51,7 +50,7 @@ def _run(args: list[str]) -> int:
         answer = command(options)
     except SystemExit as done:  # --help and its like
         return done.code if isinstance(done.code, int) else Exit.OK
-    except (UsageError, ArgumentError, ModuleNotFoundError) as error:
+    except (UsageError, ModuleNotFoundError) as error:
         return _failed(str(error), error, Exit.USAGE, as_json)
     except CheckpointError as error:
         return _failed(str(error), error, Exit.UNREADABLE, as_json)

@@ -108,8 +108,10 @@ def _check(checkpoint: Checkpoint) -> None:
                 f"dtype: '{printable(key)}' is {dtype_name(dtype)}, which safetensors files do not have; write "
                 "--format dcp, or leave it out with --select"
             )
-        if key == "__metadata__":
-            raise MappingError("a tensor cannot be named '__metadata__' in a safetensors file; rename it with --rename")
+        if key == "__metadata__" or key != key.encode("utf-8", "replace").decode("utf-8"):
+            raise MappingError(
+                f"safetensors files cannot have a tensor named '{printable(key)}'; rename it with --rename"
+            )
 
 
 def _shards(checkpoint: Checkpoint, limit: int) -> Iterator[list[str]]:
@@ -136,7 +138,7 @@ def _write_file(
         info = checkpoint.info(key)
         header[key] = {"dtype": _CODES[info.dtype], "shape": info.shape, "data_offsets": [end, end + info.nbytes]}
         end += info.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
