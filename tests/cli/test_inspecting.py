@@ -49,11 +49,21 @@ def test_wrappers_are_seen(run, tmp_path):
 def test_nan_and_infinities_on_request(run, tmp_path):
     values = torch.tensor([1.0, float("nan"), float("inf"), -float("inf")])
     save_file(
-        {"bad": values, "half": values.half(), "fine": torch.ones(3), "whole": torch.ones(2, dtype=torch.int64)},
+        {
+            "bad": values,
+            "half": values.half(),
+            "eight": values.to(torch.float8_e5m2),
+            "fine": torch.ones(3),
+            "whole": torch.ones(2, dtype=torch.int64),
+        },
         tmp_path / "x.safetensors",
     )
     data = run("inspect", "x.safetensors", "--nonfinite", "--json").data
-    assert data["nonfinite"] == {"bad": {"nan": 1, "inf": 2}, "half": {"nan": 1, "inf": 2}}
+    assert data["nonfinite"] == {
+        "bad": {"nan": 1, "inf": 2},
+        "half": {"nan": 1, "inf": 2},
+        "eight": {"nan": 1, "inf": 2},
+    }
     assert "bad  1 NaN, 2 inf" in run("inspect", "x.safetensors", "--nonfinite").out
 
 

@@ -194,6 +194,12 @@ def test_another_checkpoint_as_the_model(run, tmp_path):
     }
 
 
+def test_a_tree_of_another_checkpoint_as_the_model(run, written):
+    ran = run("plan", "bert.pt", "--model", "bert.pt", "--checkpoint_key", "model", "--model_checkpoint_key", "ema")
+    assert ran.code == 0
+    assert run("plan", "bert.pt", "--model", "bert.pt", "--checkpoint_key", "model").code == 3
+
+
 def test_a_checkpoint_whose_names_no_model_can_have(run, tmp_path):
     torch.save({"a..b": torch.ones(2, 2)}, tmp_path / "odd.pt")
     ran = run("plan", "odd.pt", "--model", "odd.pt")

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import warmstart
 from warmstart.cli.parsing import COMMANDS, FIELDS
 
 PLAN = ("plan", "source.safetensors", "--model", "source.safetensors")
@@ -79,6 +80,10 @@ def test_help_names_the_options_and_the_exit_codes(run, command):
     assert ran.code == 0
     assert "exit codes: 0" in ran.out
     assert all(name in ran.out for name in COMMANDS) if command is None else "--json" in ran.out
+
+
+def test_the_version(run):
+    assert run("--version").out == f"warmstart {warmstart.__version__}\n"
 
 
 def test_every_field_of_pretrained_is_an_option_of_plan(run):

@@ -21,6 +21,7 @@ from warmstart.cli.ruled import RuledCheckpoint
 from warmstart.cli.writing import checked_size, write_dcp, write_safetensors, write_shards
 from warmstart.errors import CheckpointError
 from warmstart.lineage import as_metadata, lineage_of_copy
+from warmstart.locations import public
 from warmstart.mapping.names import WRAPPER_SEGMENTS
 from warmstart.version import __version__
 
@@ -75,7 +76,7 @@ def run(options: Namespace) -> Answer:
     left = f", {len(made.left_out)} keys left out by select" if made.left_out else ""
     text = f"{out}: {len(made):,} tensors, {size:,} bytes of {format} <- {rules.label}{left}"
     data = {
-        "source": made.source.location,
+        "source": public(made.source.location),
         "out": str(out),
         "format": format,
         "tensors": len(made),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from warmstart.checkpoints.base import Checkpoint
@@ -68,10 +69,10 @@ def _non_finite(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
         for key in checkpoint.keys():
             tensor = checkpoint.read(key)
             if tensor.is_floating_point() or tensor.is_complex():
-                bad = int(non_finite(tensor).sum())
-                if bad:
-                    nan = int((tensor != tensor).sum())
-                    found[key] = {"nan": nan, "inf": bad - nan}
+                bad = tensor[non_finite(tensor)]
+                if bad.numel():
+                    nan = int(bad.to(torch.complex128 if bad.is_complex() else torch.float64).isnan().sum())
+                    found[key] = {"nan": nan, "inf": bad.numel() - nan}
             told(checkpoint.info(key).nbytes)
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import os
 import re
 from importlib import import_module
@@ -27,8 +26,8 @@ HELP = (
 _PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
-def model_of(text: str) -> nn.Module:
-    """The model that `--model` names.
+def model_of(text: str, checkpoint_key: str | None) -> nn.Module:
+    """The model that `--model` names; of a checkpoint, the tree that `checkpoint_key` names.
 
     Raises:
         UsageError: It names no model, or the model cannot be built.
@@ -39,7 +38,7 @@ def model_of(text: str) -> nn.Module:
         return _of_transformers(path)
     if not path.exists() and _PLACE.fullmatch(text):
         return _of_class(text)
-    return skeleton(open_checkpoint(text))
+    return skeleton(open_checkpoint(text, checkpoint_key=checkpoint_key))
 
 
 def skeleton(checkpoint: Checkpoint) -> nn.Module:
@@ -128,8 +127,11 @@ def _of_transformers(folder: Path) -> nn.Module:
         kind = getattr(library, name, None) if name else None
         with torch.device("meta"):
             model = library.AutoModel.from_config(config) if kind is None else kind._from_config(config)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise UsageError(f"--model {folder}: transformers does not build it: {_raised(error)}") from error
+    except Exception as error:  # of a library and a config that are not ours
+        raise UsageError(
+            f"--model {folder}: transformers does not build it: {_raised(error)}; or give its file of weights, for their "
+            "names and shapes"
+        ) from error
     assert isinstance(model, nn.Module)
     return model
 

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from warmstart.cli.answers import Answer, UsageError
 from warmstart.errors import MappingError
 from warmstart.mapping.pretrained import Pretrained
+from warmstart.version import __version__
 
 COMMANDS: Final = {
     "inspect": ("inspecting", "what a checkpoint holds: trees, tensors, sizes, dtypes"),
@@ -69,7 +70,11 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], Answer], Namespace
         set_parsing_settings(add_print_completion_argument=True)
     named = args[0] if args and args[0] in COMMANDS else None
     parser = ArgumentParser(
-        prog="warmstart", description=import_module("warmstart").__doc__, epilog=_ENDS, exit_on_error=False
+        prog="warmstart",
+        description=import_module("warmstart").__doc__,
+        epilog=_ENDS,
+        version=__version__,
+        exit_on_error=False,
     )
     commands = parser.add_subcommands(dest="command")
     # One parser is made where one is enough; help and completion want them all.

@@ -23,6 +23,7 @@ _AS_OPTIONS = """as options: name=["a", "b"] is --name '[a, b]', or name: [a, b]
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", help="The checkpoint: a file, a folder, a model of the hub, or a URL.")
     parser.add_argument("--model", required=True, help=HELP)
+    parser.add_argument("--model_checkpoint_key", help="Which tree, where --model is a checkpoint of several.")
     parser.add_argument("--lock", help="Write the plan's decisions here, for load(..., lock=FILE) and the callbacks.")
     parser.add_argument("--force", action="store_true", help="Replace a lock file that decides otherwise.")
     add_rules(parser, FIELDS)
@@ -31,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> Answer:
     """Keys of the JSON: `fits`, `digest`, `lock` and those of `Plan.to_dict`."""
     rules = pretrained(options, FIELDS)
-    made = plan(model_of(options.model), rules)
+    made = plan(model_of(options.model, options.model_checkpoint_key), rules)
     code = Exit.DIFFERS if made.errors else Exit.OK
     text, lock = str(made), None
     if made.errors:
