@@ -88,11 +88,13 @@ def test_another_source_than_the_recorded_one(run, source, state, tmp_path):
     assert (data["verdict"], data["by_lineage"]) == ("no", "other")
 
 
-def test_recorded_rules_neither_import_nor_trust_anything(run, source, state, tmp_path):
+def test_recorded_rules_neither_import_nor_trust_anything(run, source, state, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     checkpoint = warmstart.open_checkpoint(source)
     (tmp_path / "evil_rules.py").write_text("import pathlib\npathlib.Path('executed').touch()\ndef f(x): return x\n")
-    for convert in ([{"sources": "a", "targets": "b", "ops": [{"apply": {"fn": "evil_rules:f"}}]}], "apply"):
-        rules = {"convert": convert, "trust_pickle": True, "rename": {"(": ")"}}
+    for op in ("apply", "Apply"):
+        convert = [{"sources": "encoder.layer.0.q.bias", "targets": "x", "ops": [{op: {"fn": "evil_rules:f"}}]}]
+        rules = {"convert": convert, "trust_pickle": True}
         record = {"sources": [{"header_sha256": checkpoint.header_digest(), "rules": rules}], "ancestors": 3}
         save_file(state, tmp_path / "run.safetensors", as_metadata(record))
         ran = run("check", "run.safetensors", source)
@@ -105,3 +107,12 @@ def test_nothing_in_common(run, source, tmp_path):
     ran = run("check", "run.safetensors", source)
     assert ran.code == 1
     assert "no tensor of the one has a counterpart in the other" in ran.out
+
+
+def test_recorded_rules_that_cannot_be_used_are_told(run, source, state, tmp_path):
+    checkpoint = warmstart.open_checkpoint(source)
+    record = {"sources": [{"header_sha256": checkpoint.header_digest(), "rules": {"match": "sufix"}}], "ancestors": 3}
+    save_file(state, tmp_path / "run.safetensors", as_metadata(record))
+    ran = run("check", "run.safetensors", source)
+    assert ran.code == 0
+    assert "the rules that the lineage records cannot be used" in ran.out

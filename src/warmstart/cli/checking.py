@@ -21,7 +21,7 @@ from warmstart.cli.answers import Answer, Exit
 from warmstart.cli.comparing import Sums
 from warmstart.cli.models import skeleton
 from warmstart.cli.opening import opened
-from warmstart.cli.parsing import READING, RENAMING, add_rules, pretrained
+from warmstart.cli.parsing import READING, RENAMING, add_rules, names_functions, pretrained
 from warmstart.cli.progress import progress
 from warmstart.errors import CheckpointError, WarmStartError
 from warmstart.lineage import recorded
@@ -126,7 +126,7 @@ def _by_lineage(lineages: Sequence[Mapping[str, Any]], source: Checkpoint) -> To
 
 def _usable(rules: object) -> dict[str, Any]:
     """Of recorded rules, those on names. A file must not name functions to import, nor have itself trusted."""
-    if not isinstance(rules, dict) or "apply" in str(rules.get("convert", "")):
+    if not isinstance(rules, dict) or names_functions(rules.get("convert")):
         return {}
     return {name: value for name, value in rules.items() if name in _RULES}
 

@@ -117,12 +117,17 @@ def pretrained(options: Namespace, names: Collection[str]) -> Pretrained:
     Raises:
         UsageError: A value that cannot be meant.
     """
-    if "apply" in str(options.get("convert")):
+    if names_functions(options.get("convert")):
         find_modules_here()
     try:
         return Pretrained(options.source, **{name: options[name] for name in names})
     except (MappingError, TypeError) as error:
         raise UsageError(str(error)) from None
+
+
+def names_functions(conversions: object) -> bool:
+    """Whether conversions as plain data may have an `Apply`, however it is spelled, whose function would be imported."""
+    return "apply" in str(conversions).lower()
 
 
 def find_modules_here() -> None:
