@@ -1,48 +1,206 @@
-"""Lineage: where a run's initial weights came from, as plain JSON types."""
+"""Lineage: where a run's initial weights came from, as plain JSON types, ancestors included."""
 
 from __future__ import annotations
 
 import datetime
+import json
+import math
 import platform
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 
+from warmstart.checkpoints import jsons
+from warmstart.checkpoints.archive import STORED, read_directory
+from warmstart.checkpoints.base import Checkpoint
+from warmstart.checkpoints.leaves import MappedFile
+from warmstart.checkpoints.torch_files.torch_file import find_pickle, unpickle
+from warmstart.errors import CheckpointError
 from warmstart.locations import public
 from warmstart.mapping.plan import Plan
+from warmstart.mapping.pretrained import Pretrained
+
+METADATA_KEY: Final = "warmstart_lineage"
+"""Under which a safetensors file's `__metadata__` holds the lineage of its tensors, as JSON."""
+
+REPORT_NAME: Final = "warmstart.json"
+"""The report, or the lineage alone, in a checkpoint's own folder."""
+
+MAX_BYTES: Final = 16 << 20
+MAX_VALUES: Final = 100_000
+MAX_DEPTH: Final = 100
+
+_FOLDER_MARKS: Final = ("config.json", "trainer_state.json", ".metadata")
 
 
 def lineage(plan: Plan, version: str) -> dict[str, Any]:
     """Where the plan's values come from: sources with size, time and header digest, the rules, and the versions.
 
-    No tensor is read for it: the digest is of names, shapes, dtypes and offsets.
+    No tensor is read for it: the digest is of names, shapes, dtypes and offsets. What a source itself says of where it
+    comes from is under `ancestors`, each with the index of that source as `of_source`.
     """
+    return _record(
+        [(part.pretrained, part.checkpoint, part.prefix) for part in plan.parts],
+        version,
+        model=plan.model_name,
+        plan_sha256=plan.digest(),
+        loaded=len(plan.assignments),
+        coverage=plan.coverage,
+    )
+
+
+def lineage_of_copy(pretrained: Pretrained, checkpoint: Checkpoint, count: int, version: str) -> dict[str, Any]:
+    """The lineage of `count` tensors that rules alone made of a checkpoint, without a model; the same keys."""
+    return _record([(pretrained, checkpoint, None)], version, model=None, plan_sha256=None, loaded=count, coverage=None)
+
+
+def as_metadata(record: Mapping[str, Any]) -> dict[str, str]:
+    """A lineage as a safetensors file's `__metadata__` carries it."""
+    return {METADATA_KEY: json.dumps(record, allow_nan=False)}
+
+
+def recorded(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """The lineages that an open checkpoint carries; one for each warm start of the run that wrote it.
+
+    They are in a safetensors file's metadata, in the callbacks' states of a `.ckpt`, or beside the weights in the
+    checkpoint's own folder (`warmstart.json`, `trainer_state.json`). No code of the file runs, and no tensor is read.
+    What is there and cannot be read is `{"unreadable": why}`: a lineage is never a reason to refuse weights.
+    """
+    text = checkpoint.metadata.get(METADATA_KEY)
+    if text is not None:
+        return _from_text(text.encode("utf-8", "replace"), METADATA_KEY)
+    if not checkpoint.files:
+        return []
+    path = checkpoint.files[0].path
+    try:
+        if checkpoint.format == "torch zip" and (found := _from_torch(path)):
+            return found
+        folder = path.parent
+        return _from_folder(folder) if any((folder / mark).is_file() for mark in _FOLDER_MARKS) else []
+    except (OSError, CheckpointError) as error:
+        return [{"unreadable": str(error)[:300]}]
+
+
+def recorded_in_json(path: Path) -> list[dict[str, Any]]:
+    """The lineages of a report (`Report.to_json`) or of a trainer's state, which are JSON."""
+    if path.stat().st_size > MAX_BYTES:
+        return [{"unreadable": f"{path.name} has more than {MAX_BYTES >> 20} MiB"}]
+    return _from_text(path.read_bytes(), path.name)
+
+
+def _record(
+    sources: Sequence[tuple[Pretrained, Checkpoint, tuple[str, str] | None]], version: str, **facts: Any
+) -> dict[str, Any]:
     return {
-        "sources": [
-            {
-                "location": public(part.checkpoint.location),
-                "format": part.checkpoint.format,
-                "checkpoint_key": part.checkpoint.checkpoint_key,
-                "files": [
-                    {"name": stamp.path.name, "bytes": stamp.size, "modified": _iso(stamp.mtime_ns)}
-                    for stamp in part.checkpoint.files
-                ],
-                "revision": part.checkpoint.revision,
-                "file_hashes": dict(part.checkpoint.file_hashes),
-                "header_sha256": part.checkpoint.header_digest(),
-                "sha256": part.pretrained.sha256,
-                "rules": _plain(part.pretrained.rules()),
-                "prefix": list(part.prefix) if part.prefix else None,
-            }
-            for part in plan.parts
-        ],
-        "model": plan.model_name,
-        "plan_sha256": plan.digest(),
-        "loaded": len(plan.assignments),
-        "coverage": plan.coverage,
+        "sources": [_source(*source) for source in sources],
+        **facts,
         "versions": {"warmstart": version, "torch": str(torch.__version__), "python": platform.python_version()},
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "ancestors": [
+            {"of_source": number} | ancestor
+            for number, (_, checkpoint, _) in enumerate(sources)
+            for ancestor in recorded(checkpoint)
+        ],
     }
+
+
+def _source(pretrained: Pretrained, checkpoint: Checkpoint, prefix: tuple[str, str] | None) -> dict[str, Any]:
+    return {
+        "location": public(checkpoint.location),
+        "format": checkpoint.format,
+        "checkpoint_key": checkpoint.checkpoint_key,
+        "files": [
+            {"name": stamp.path.name, "bytes": stamp.size, "modified": _iso(stamp.mtime_ns)}
+            for stamp in checkpoint.files
+        ],
+        "revision": checkpoint.revision,
+        "file_hashes": dict(checkpoint.file_hashes),
+        "header_sha256": checkpoint.header_digest(),
+        "sha256": pretrained.sha256,
+        "rules": _plain(pretrained.rules()),
+        "prefix": list(prefix) if prefix else None,
+    }
+
+
+def _from_torch(path: Path) -> list[dict[str, Any]]:
+    """From the callbacks' states in a file of `torch.save`; it is unpickled only if it says the word."""
+    file = MappedFile(path)
+    if file.map[:4] != b"PK\x03\x04":
+        return []
+    members = read_directory(file)
+    folder = find_pickle(members)
+    if folder is None:
+        return []
+    pickled = members[f"{folder}data.pkl"]
+    if pickled.method != STORED or file.map.find(b"lineage", pickled.start, pickled.start + pickled.size) < 0:
+        return []
+    content, _, _ = unpickle(file, members, folder)
+    return _of_value(content.get("callbacks")) if isinstance(content, dict) else []
+
+
+def _from_folder(folder: Path) -> list[dict[str, Any]]:
+    for name in (REPORT_NAME, "trainer_state.json"):
+        if (folder / name).is_file() and (found := recorded_in_json(folder / name)):
+            return found
+    return []
+
+
+def _from_text(text: bytes, where: str) -> list[dict[str, Any]]:
+    try:
+        value = jsons.parse(text) if len(text) <= MAX_BYTES else None
+    except ValueError as error:
+        return [{"unreadable": f"{where} is not valid JSON ({str(error)[:200]})"}]
+    if where == METADATA_KEY:
+        value = {"lineage": value}
+    return _of_value(value)
+
+
+def _of_value(value: object) -> list[dict[str, Any]]:
+    """All that stands under a key `lineage`, at any depth, as plain JSON types."""
+    budget = [MAX_VALUES]
+    try:
+        return [_clean(found, budget, 0) for found in _lineages(value, budget, 0)]
+    except _TooMuchError:
+        return [{"unreadable": "it is nested too deeply, or has too many values"}]
+
+
+class _TooMuchError(Exception):
+    pass
+
+
+def _lineages(value: object, budget: list[int], depth: int) -> Iterator[dict[Any, Any]]:
+    _spend(budget, depth)
+    if isinstance(value, dict):
+        own = value.get("lineage")
+        if isinstance(own, dict) and isinstance(own.get("sources"), list):
+            yield own
+            return
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for child in children:
+        if isinstance(child, dict | list):
+            yield from _lineages(child, budget, depth + 1)
+
+
+def _clean(value: object, budget: list[int], depth: int) -> Any:
+    """Plain JSON types only, and no URI with a secret; what a file holds beside them is left out."""
+    _spend(budget, depth)
+    if isinstance(value, dict):
+        return {k: _clean(v, budget, depth + 1) for k, v in value.items() if type(k) is str}
+    if isinstance(value, list):
+        return [_clean(v, budget, depth + 1) for v in value]
+    if type(value) is str:
+        return public(value) if "://" in value else value
+    if type(value) is float:
+        return value if math.isfinite(value) else str(value)
+    return value if type(value) in {bool, int} else None
+
+
+def _spend(budget: list[int], depth: int) -> None:
+    budget[0] -= 1
+    if budget[0] < 0 or depth > MAX_DEPTH:
+        raise _TooMuchError
 
 
 def _iso(mtime_ns: int) -> str | None:
@@ -52,7 +210,7 @@ def _iso(mtime_ns: int) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]

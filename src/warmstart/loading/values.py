@@ -47,14 +47,12 @@ class Values:
                 return torch.full(assignment.shape, assignment.fill, dtype=torch.float64).to(assignment.dtype)
         if assignment.conversion is None:
             return self._read(assignment.part, assignment.sources[0])
-        made, outputs = self._made
-        if made is not assignment.conversion:
+        if self._made[0] is not assignment.conversion:
             made, keys = assignment.conversion, assignment.conversion.sources
             self._made = (None, [])  # frees what the one before made
             with torch.device("cpu"), torch.no_grad():
-                outputs = made.run(lambda i: self._read(assignment.part, keys[i]))
-            self._made = (made, outputs)
-        return outputs[assignment.output]
+                self._made = (made, made.run(lambda i: self._read(assignment.part, keys[i])))
+        return self._made[1][assignment.output]
 
     def planned(self, assignment: Assignment, current: Tensor) -> Tensor:
         """The value of an entry that holds `current`, in the dtype the plan gives it, on the CPU."""

@@ -1,0 +1,49 @@
+"""Opening what a command is given."""
+
+from __future__ import annotations
+
+import re
+
+from warmstart.checkpoints.base import Checkpoint
+from warmstart.checkpoints.opening import open_checkpoint
+from warmstart.errors import CheckpointError
+from warmstart.mapping.pretrained import Pretrained
+
+# A source of several trees is refused with the choices, each on a line of its own.
+_CHOICE = re.compile(r'^  checkpoint_key="(.*)"', re.MULTILINE)
+
+
+def opened(pretrained: Pretrained, checkpoint_key: str | None = None) -> Checkpoint:
+    """The source of these rules.
+
+    Raises:
+        CheckpointError: It cannot be read, or has another SHA-256 than was asked for.
+    """
+    checkpoint = open_checkpoint(
+        pretrained.source,
+        checkpoint_key=pretrained.checkpoint_key if checkpoint_key is None else checkpoint_key,
+        revision=pretrained.revision,
+        subfolder=pretrained.subfolder,
+        trust_pickle=pretrained.trust_pickle,
+    )
+    wanted = pretrained.sha256
+    if wanted is not None and (found := checkpoint.sha256()) != wanted.lower():
+        raise CheckpointError(
+            f"{checkpoint.location}: its SHA-256 is {found}, not the {wanted.lower()} asked for; get the right file"
+        )
+    return checkpoint
+
+
+def opened_whole(pretrained: Pretrained) -> tuple[Checkpoint, list[Checkpoint]]:
+    """The tree that is asked for, or the only one; of several, all of them as one, and each by itself.
+
+    Raises:
+        CheckpointError: As `opened`, but not for want of a choice.
+    """
+    try:
+        return opened(pretrained), []
+    except CheckpointError as error:
+        keys = [key.replace('\\"', '"') for key in _CHOICE.findall(str(error))]
+        if pretrained.checkpoint_key is not None or not keys:
+            raise
+    return opened(pretrained, ""), [opened(pretrained, key) for key in keys if key]
