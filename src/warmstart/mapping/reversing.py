@@ -28,8 +28,11 @@ class ReversedCheckpoint(Checkpoint):
         source = plan.parts[part].checkpoint
         self._plan = plan
         self._steps: dict[str, list[Assignment]] = {}
+        self._outputs: dict[int, dict[int, Assignment]] = {}
         for assignment in plan.assignments:
             if assignment.part == part:
+                if assignment.conversion is not None:
+                    self._outputs.setdefault(id(assignment.conversion), {})[assignment.output] = assignment
                 for key in assignment.sources:
                     self._steps.setdefault(key, []).append(assignment)
         _refuse(plan, [a for a in plan.assignments if a.part == part])
@@ -71,7 +74,7 @@ class ReversedCheckpoint(Checkpoint):
         done, tensors = self._undone
         if done is not conversion:
             self._undone = (None, [])
-            outputs = {a.output: a for steps in self._steps.values() for a in steps if a.conversion is conversion}
+            outputs = self._outputs[id(conversion)]
             values = [self._value(outputs[i], conversion.dtypes[i]) for i in range(len(conversion.targets))]
             tensors = conversion.undo(values)
             self._undone = (conversion, tensors)
