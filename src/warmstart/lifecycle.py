@@ -208,7 +208,7 @@ class Lifecycle:
         """
         with raised_on_all():
             self._apply(model, beside, optimizers, manifest or {})
-            self._watch_restores(model, manifest)
+            self.watch(model, manifest)
 
     def _apply(
         self,
@@ -267,8 +267,8 @@ class Lifecycle:
         if self.frozen is not None and patterns:
             self._staged = self.frozen.defer([f"?{p.removeprefix('?')}" for p in patterns])
 
-    def _watch_restores(self, model: nn.Module, manifest: Mapping[str, Any] | None) -> None:
-        """Notice, until training starts, what a load of the whole model's state dict matches."""
+    def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
+        """Notice, until training starts, what a load of the whole model's state dict matches; `apply` does this too."""
         self._unwatch()
         before, now = (manifest or {}).get("frozen"), self.frozen.declared if self.frozen else ()
         warning = None

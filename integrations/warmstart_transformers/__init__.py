@@ -1,0 +1,7 @@
+"""Warm starts for Hugging Face transformers."""
+
+from warmstart_transformers.arguments import WarmStartArguments
+from warmstart_transformers.callback import WarmStartCallback
+from warmstart_transformers.vocabulary import vocab_map
+
+__all__ = ["WarmStartArguments", "WarmStartCallback", "vocab_map"]
