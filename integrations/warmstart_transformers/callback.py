@@ -106,12 +106,23 @@ class WarmStartCallback(TrainerCallback):
         )
         self._key = name if name is not None else "+".join(part.into for part in parts)
         self._log = log
+        self._reset()
+
+    def _reset(self) -> None:
         self._run: weakref.ref[TrainerControl] | None = None
         self._trainer: weakref.ref[Trainer] | None = None
         self._folder: str | None = None  # the run's
         self._resuming: dict[str, Any] | None = None  # the manifest of the checkpoint that `train` was given
         self._first_step = False
         _CALLBACKS.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The configuration alone, as the lifecycle's: the run belongs to its process."""
+        return {name: self.__dict__[name] for name in ("_life", "_key", "_log")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
 
     @property
     def report(self) -> Report | None:
@@ -369,5 +380,5 @@ def _finds_unused(args: TrainingArguments, model: nn.Module) -> bool:
     """What the `Trainer` tells DistributedDataParallel."""
     if args.ddp_find_unused_parameters is not None:
         return args.ddp_find_unused_parameters
-    checkpointing = ("is_activation_checkpointing", "is_gradient_checkpointing")  # since 5.23, and before
-    return not any(getattr(model, name, False) for name in checkpointing)
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # later releases, and earlier ones
+    return not next((getattr(model, name) for name in names if hasattr(type(model), name)), False)
