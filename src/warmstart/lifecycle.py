@@ -270,7 +270,7 @@ class Lifecycle:
     def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
         """Notice, until training starts, what a load of the whole model's state dict matches; `apply` does this too."""
         self._unwatch()
-        before, now = (manifest or {}).get("frozen"), self.frozen.declared if self.frozen else ()
+        before, now = (manifest or {}).get("frozen"), self.frozen.declared if self.frozen is not None else ()
         warning = None
         if before is not None and set(before) != set(now) and self.on_freeze_change == "error":
             warning = (
@@ -322,7 +322,7 @@ class Lifecycle:
         before, spans = state.get("frozen", ()), state.get("rows", {})
         rows = {n: _mask(targets.entries[n], spans[n]) for n in spans if n in targets.entries}
         if (before or rows) and all(name in targets.entries for name in before):
-            trained = self.frozen.trained if self.frozen else None
+            trained = self.frozen.trained if self.frozen is not None else None
             self.frozen = freeze_entries(model, before, targets, self.held, trained=trained, rows=rows)
 
     @property
@@ -354,7 +354,7 @@ class Lifecycle:
         if self._gone is not None and (self.frozen is None or rows_before):
             self._freeze_as_before(model, state)
             self._stage()
-        now = self.frozen.declared if self.frozen else ()
+        now = self.frozen.declared if self.frozen is not None else ()
         rows_now = _spans(self.frozen)
         if rows_now != rows_before and self.on_freeze_change == "error":
             changed = sorted(n for n in {*rows_now, *rows_before} if rows_now.get(n) != rows_before.get(n))
@@ -544,8 +544,8 @@ class Lifecycle:
             status = "superseded-by-resume"
         if status == "superseded-by-resume" and self.restored is not None:
             lineage = self.restored.get("lineage", lineage)
-        declared = self.frozen.declared if self.frozen else ()
-        frozen = set(self.frozen.names) if self.frozen else set()
+        declared = self.frozen.declared if self.frozen is not None else ()
+        frozen = set(self.frozen.names) if self.frozen is not None else set()
         released = [name for name in declared if name not in frozen]
         return {
             "format": 1,
@@ -577,7 +577,7 @@ def _schedule(unfreeze: Mapping[int, Patterns]) -> dict[int, list[str]]:
 def _spans(frozen: Frozen | None) -> dict[str, list[list[int]]]:
     """The held rows of each entry as [dimension] and [first, past the last] pairs: plain JSON types, few for many rows."""
     out: dict[str, list[list[int]]] = {}
-    for name, held in frozen.rows.items() if frozen else ():
+    for name, held in frozen.rows.items() if frozen is not None else ():
         spans: list[list[int]] = []
         for row in held.index.tolist():
             if spans and spans[-1][1] == row:
