@@ -37,7 +37,7 @@ class Values:
             for key in assignment.sources:
                 tensor = checkpoint.read(key)
                 itself = _same_memory(tensor, self.plan.targets.entries[assignment.target].tensor)
-                if not (itself and assignment.conversion is None) and spans.meet(tensor):
+                if not (itself and assignment.conversion is None and assignment.adapter is None) and spans.meet(tensor):
                     self._copies[assignment.part, key] = tensor.clone()
 
     def source(self, assignment: Assignment) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from warmstart.errors import CheckpointError, MappingError
+from warmstart.errors import CheckpointError, MappingError, VerificationError
 from warmstart.loading.inert import inert_adapters
 from warmstart.loading.materialising import materialise
 from warmstart.loading.preflight import preflight
@@ -67,16 +67,20 @@ def write(plan: Plan, verify: Verify) -> Written:
                 done.append(assignment.target)
                 if assignment.fill is None and not plan.parts[assignment.part].checkpoint.files:
                     result.digests.keep(assignment.target, value)
+        result.notes += verify_written(plan, values, verify)
+    except VerificationError:
+        raise
     except Exception as error:
         if not done:
             raise
+        total = sum(1 for _ in written(plan))
         names = ", ".join(printable(name) for name in done[:8]) + (", ..." if len(done) > 8 else "")
+        state = "half loaded" if len(done) < total else "loaded but not verified"
         raise CheckpointError(
-            f"{error}\n{len(done)} of {len(plan.assignments)} entries had been written by then ({names}); the model is half "
-            "loaded: build it again before you go on",
+            f"{error}\n{len(done)} of {total} entries had been written by then ({names}); the model is {state}: build it again "
+            "before you go on",
             written=tuple(done),
         ) from error
-    result.notes += verify_written(plan, values, verify)
     result.notes += inert_adapters(plan)
     result.bytes_read = sum(part.checkpoint.bytes_read for part in plan.parts) - before
     result.seconds = time.perf_counter() - started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -53,9 +53,11 @@ def strip(name: str, prefix: str) -> str | None:
     return rest if rest != name and rest else None
 
 
-def without_wrappers(key: str, segments: Collection[str]) -> str:
+def without_wrappers(key: str, segments: Set[str]) -> str:
     """`key` without the wrapper `segments`, wherever they stand; a key of nothing else is left as it is."""
     parts = key.split(".")
+    if segments.isdisjoint(parts):
+        return key
     clean = [part for part in parts if part not in segments]
     return ".".join(clean) if clean and len(clean) < len(parts) else key
 

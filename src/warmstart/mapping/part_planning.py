@@ -96,9 +96,8 @@ def _scope(pretrained: Pretrained, targets: Targets, out: PartPlan) -> Scope:
     exclude = PatternSet(pretrained.exclude, where="exclude")
     scope = {}
     for target in entries:
-        spellings = targets.spellings(target.name)
-        included = not include or include.matches(*spellings)
-        excluded = bool(exclude) and exclude.matches(*spellings)
+        included = not include or include.matches(*targets.spellings(target.name))
+        excluded = bool(exclude) and exclude.matches(*targets.spellings(target.name))
         local = strip(target.clean, clean_into)
         if included and not excluded and local is not None:
             scope[local] = target
@@ -116,7 +115,7 @@ def _converted(keys: list[Key], pretrained: Pretrained, out: PartPlan) -> list[K
     converting = convert(keys, pretrained.conversions)
     out.errors += converting.errors
     out.reported.update(key.spelled for key in converting.failed)
-    out.unexpected += [key.spelled for key in converting.displaced]
+    out.unexpected += [key.spelled for key in [*converting.displaced, *converting.failed]]
     return without_collisions(converting.keys, out)
 
 

@@ -80,13 +80,17 @@ def _joined(parts: list[PartPlan], targets: Targets, model: nn.Module, applier: 
                 overlaps.setdefault((owner, number), []).append(name)
     for (owner, number), names in overlaps.items():
         errors.append(_overlap(names, parts[owner], parts[number], targets))
-        lost = [source for name in names for source in _keys_of(parts[number], name)]
-        parts[number].unexpected += lost
+        # Of a conversion, another output may be this source's to give all the same.
+        kept = {s for i, key in assigned.values() if i == number and key is not None for s in key.sources}
+        kept.update(s for n, m in mismatched.items() if given[n] == number for s in m.keys)
+        lost = dict.fromkeys(source for name in names for source in _keys_of(parts[number], name))
+        kept.update(parts[number].unexpected)
+        parts[number].unexpected += [key for key in lost if key not in kept]
         parts[number].reported.update(lost)
     in_scope = {name for part in parts for name in part.part.scope}
 
     assignments, missing, excluded = [], [], []
-    writers = {targets.entries[name].canonical: name for name in reversed(assigned)}
+    writers = {targets.entries[name].canonical: name for name in reversed(assigned)} if targets.groups else {}
     for name, target in targets.entries.items():
         owner_of = first.get(target.canonical)
         if name in assigned:
@@ -196,6 +200,8 @@ def unexcused(
     for part in parts:
         for where, found in excused.items():
             patterns = PatternSet(getattr(part.part.pretrained, where), where=where)
+            if not patterns:
+                continue
             found.update(name for name in targets.entries if patterns.matches(*targets.spellings(name)))
             report_unused(patterns, names, "model entry", errors)
 
@@ -233,8 +239,10 @@ def unexcused(
     for number, part in enumerate(parts):
         allowed = PatternSet(part.part.pretrained.allow_unexpected, where="allow_unexpected")
         keys = part.part.checkpoint.keys()
-        clean = targets.key_cleaner()
-        hits = {k for k in keys if allowed.matches(k, clean(k))} if allowed else set()
+        hits: set[str] = set()
+        if allowed:
+            clean = targets.key_cleaner()
+            hits.update(key for key in keys if allowed.matches(key, clean(key)))
         report_unused(allowed, keys, "checkpoint key", errors)
         for key in part.dangling:
             if not hits.issuperset(key.sources):
@@ -297,13 +305,14 @@ def _may_lack(missing: Sequence[str], parts: list[PartPlan], targets: Targets) -
 
 def _coverage(scope: Collection[str], assignments: Sequence[Assignment], targets: Targets) -> float:
     """Share of the elements in scope that are loaded; of a partly loaded entry, those that are."""
-    total = sum(targets.entries[name].numel for name in {targets.entries[name].canonical for name in scope})
+    entries = targets.entries
+    total = sum(entries[name].numel for name in {entries[name].canonical for name in scope})
     loaded: dict[str, float] = {}
     for assignment in assignments:
-        canonical = targets.entries[assignment.target].canonical
         if assignment.alias_of is None:
             share = 1.0 if (mask := assignment.loaded) is None else mask.sum().item() / mask.numel()
-            loaded[canonical] = share * targets.entries[canonical].numel
+            target = entries[assignment.target]
+            loaded[target.canonical] = share * target.numel
     return sum(loaded.values()) / total if total else float(bool(assignments))
 
 
@@ -332,7 +341,9 @@ def _to_freeze(
 ) -> tuple[str, ...]:
     names: set[str] = set()
     # What is only partly loaded has to learn the rest.
-    partly = {targets.entries[a.target].canonical for a in assignments if a.loaded is not None}
+    partly = {
+        targets.entries[a.target].canonical for a in assignments if a.adapter is not None and a.loaded is not None
+    }
     for number, part in enumerate(parts):
         freeze = part.part.pretrained.freeze
         if freeze is True:
@@ -344,6 +355,8 @@ def _to_freeze(
             patterns = PatternSet(freeze, where="freeze")
             names.update(name for name in targets.entries if patterns.matches(*targets.spellings(name)))
             report_unused(patterns, [t.clean for t in targets.entries.values()], "model entry", errors)
+    if not names:
+        return ()
     # A tied tensor is frozen under all of its names.
     frozen = {targets.entries[name].canonical for name in names}
     return tuple(name for name, target in targets.entries.items() if target.canonical in frozen)

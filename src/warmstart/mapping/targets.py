@@ -168,7 +168,8 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
         if base is not None:
             targets.peft_prefixes.add(prefix_of(module))
         targets.modules.setdefault(clean, module)
-        targets.modules.setdefault(path, module)
+        if path != clean:
+            targets.modules.setdefault(path, module)
         targets.clean_paths.setdefault(path, clean)
         if wrapper is None and base is None:
             targets.clean_modules.setdefault(clean, module)
