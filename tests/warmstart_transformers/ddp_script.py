@@ -45,7 +45,11 @@ def run(name, model, *callbacks, resume=None, seed=0, **kwargs):
         trainer = make_trainer(folder / name, model, *callbacks, look, ddp_backend="gloo", seed=seed, **kwargs)
         trainer.train(resume_from_checkpoint=resume)
     except WarmStartError as error:
-        found[name] = {"error": type(error).__name__, "message": str(error), "tensors": list(getattr(error, "tensors", ()))}
+        found[name] = {
+            "error": type(error).__name__,
+            "message": str(error),
+            "tensors": list(getattr(error, "tensors", ())),
+        }
         return
     warm = next(c for c in callbacks if isinstance(c, WarmStartCallback))
     found[name] = {
@@ -64,9 +68,20 @@ def warm(**kwargs):
 if __name__ == "__main__":
     # every rank starts from another random model: what is equal at the start was made so
     run("frozen", bert(rank), warm(freeze="bert.encoder"), save_strategy="epoch")
-    run("resumed", bert(rank + 2), warm(freeze="bert.encoder"), num_train_epochs=2, resume=str(folder / "frozen/checkpoint-2"))
+    run(
+        "resumed",
+        bert(rank + 2),
+        warm(freeze="bert.encoder"),
+        num_train_epochs=2,
+        resume=str(folder / "frozen/checkpoint-2"),
+    )
     run("unfrozen", bert(rank), warm(freeze="bert.encoder", unfreeze={1: "bert.encoder.layer.1"}), num_train_epochs=2)
-    run("cannot bear unused", bert(rank), warm(freeze=True, unfreeze={1: "bert.pooler"}), ddp_find_unused_parameters=False)
+    run(
+        "cannot bear unused",
+        bert(rank),
+        warm(freeze=True, unfreeze={1: "bert.pooler"}),
+        ddp_find_unused_parameters=False,
+    )
     corrupt = Write("on_train_begin", lambda model: model.bert.pooler.dense.weight)
     run("corrupted", bert(rank), corrupt, warm())
     drift = Write("on_step_end", lambda model: model.encoder[1].running_mean)

@@ -205,7 +205,9 @@ def test_a_user_s_own_optimizer_that_holds_what_is_to_be_frozen_is_refused(make_
         make_trainer(model, WarmStartCallback(plain_source, into="encoder", freeze=True), optimizers=(optimizer, None))
     assert fingerprint(model) == before
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
-    make_trainer(model, WarmStartCallback(plain_source, into="encoder", freeze=True), optimizers=(optimizer, None)).train()
+    make_trainer(
+        model, WarmStartCallback(plain_source, into="encoder", freeze=True), optimizers=(optimizer, None)
+    ).train()
     assert equal(weights(model.encoder), torch.load(plain_source, weights_only=True))
 
 
@@ -261,9 +263,7 @@ def test_two_write_two_parts(make_trainer, plain_source):
 def test_two_that_write_the_same_are_refused(make_trainer, plain_source):
     other = Plain().encoder.state_dict()
     with pytest.raises(MappingError, match="two warm starts write 9 of the same entries"):
-        make_trainer(
-            Plain(), WarmStartCallback(plain_source, into="encoder"), WarmStartCallback(other, into="encoder")
-        )
+        make_trainer(Plain(), WarmStartCallback(plain_source, into="encoder"), WarmStartCallback(other, into="encoder"))
 
 
 def test_it_can_be_copied_and_pickled(make_trainer, plain_source):
@@ -277,13 +277,14 @@ def test_it_can_be_copied_and_pickled(make_trainer, plain_source):
         assert equal(weights(model.encoder), torch.load(plain_source, weights_only=True))
 
 
-def test_sharded_training_is_refused_in_words(make_trainer, plain_source):
+@pytest.mark.parametrize("asked", ["FSDP", "DEEPSPEED"])
+def test_sharded_training_is_refused_in_words(make_trainer, plain_source, monkeypatch, asked):
+    """Asked for by `accelerate launch`, whose Accelerator needs its processes: the event alone."""
     trainer = make_trainer(Plain())
-    trainer.args.fsdp = "full_shard"
-    with pytest.raises(TimingError, match="FSDP shards the model"):
-        WarmStartCallback(plain_source, into="encoder").on_init_end(
-            trainer.args, trainer.state, trainer.control, model=trainer.model
-        )
+    monkeypatch.setenv(f"ACCELERATE_USE_{asked}", "true")
+    callback = WarmStartCallback(plain_source, into="encoder")
+    with pytest.raises(TimingError, match="shards the model after it is set up"):
+        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 @pytest.mark.parametrize("wrong", [{"unfreeze_unit": "week"}, {"held": "train "}, {"unfreeze": {0: "encoder"}}])

@@ -36,7 +36,9 @@ def test_field_note_11_frozen_parts_neither_move_nor_drift(make_trainer, plain_s
     """BatchNorm's statistics, LayerNorm and dropout: training-time output is the eval output, bit for bit."""
     model = Plain()
     watch = Watch(model.encoder)
-    trainer = make_trainer(model, watch, WarmStartCallback(plain_source, into="encoder", freeze=True), num_train_epochs=3)
+    trainer = make_trainer(
+        model, watch, WarmStartCallback(plain_source, into="encoder", freeze=True), num_train_epochs=3
+    )
     trainer.train()
     assert equal(weights(model.encoder), torch.load(plain_source, weights_only=True))
     assert watch.optimizer == {"head.weight", "head.bias"}
@@ -97,12 +99,17 @@ EVERY = {name for name, _ in Plain().named_parameters()}
 
 
 def staged(trainable):
-    return [EVERY - {n for n in EVERY if n.startswith("encoder")} | {n for n in EVERY if n.startswith(t)} for t in trainable]
+    return [
+        EVERY - {n for n in EVERY if n.startswith("encoder")} | {n for n in EVERY if n.startswith(t)} for t in trainable
+    ]
 
 
 def test_unfreezing_by_epoch(make_trainer, plain_source):
     model = Plain()
-    watch, callback = Watch(model.encoder), WarmStartCallback(plain_source, into="encoder", freeze=True, unfreeze=SCHEDULE)
+    watch, callback = (
+        Watch(model.encoder),
+        WarmStartCallback(plain_source, into="encoder", freeze=True, unfreeze=SCHEDULE),
+    )
     snapshots = []
 
     class Keep(TrainerCallback):
@@ -191,9 +198,7 @@ def test_a_schedule_of_what_is_not_frozen_is_refused(make_trainer, plain_source,
     model = Plain()
     before = fingerprint(model)
     with pytest.raises(MappingError, match=match):
-        make_trainer(
-            model, WarmStartCallback(plain_source, into="encoder", freeze=freeze, unfreeze={1: "encoder.3"})
-        )
+        make_trainer(model, WarmStartCallback(plain_source, into="encoder", freeze=freeze, unfreeze={1: "encoder.3"}))
     assert fingerprint(model) == before
 
 

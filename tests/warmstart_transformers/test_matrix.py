@@ -120,7 +120,9 @@ def test_train_twice(make_trainer, kind):
 
 def test_model_init(make_trainer, kind):
     start, callback = Start(), WarmStartCallback(kind.source)
-    trainer = make_trainer(None, callback, start, model_init=callback.wrap_model_init(lambda: kind.model()), data=texts())
+    trainer = make_trainer(
+        None, callback, start, model_init=callback.wrap_model_init(lambda: kind.model()), data=texts()
+    )
     for _ in range(2):
         trainer.train()
         assert equal(kind.base(start.values), kind.pretrained)

@@ -140,8 +140,7 @@ def test_vocab_map_takes_plain_tokenizers():
 
 def lora(seed: int = 0):
     torch.manual_seed(seed)
-    model = get_peft_model(bert(seed), LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
-    return model
+    return get_peft_model(bert(seed), LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
 
 
 def test_lora_on_a_warm_base_and_adapters_from_a_file(make_trainer, bert_source, tmp_path):

@@ -29,7 +29,12 @@ def search(trainer):
     sampler = optuna.samplers.RandomSampler(seed=0)
     space = lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-1, log=True)}
     return trainer.hyperparameter_search(
-        space, n_trials=3, direction="minimize", backend="optuna", sampler=sampler, compute_objective=lambda m: m["eval_loss"]
+        space,
+        n_trials=3,
+        direction="minimize",
+        backend="optuna",
+        sampler=sampler,
+        compute_objective=lambda m: m["eval_loss"],
     )
 
 

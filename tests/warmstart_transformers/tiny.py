@@ -24,7 +24,13 @@ class Plain(nn.Module):
 
 
 def bert_config(**kwargs) -> BertConfig:
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     return BertConfig(**sizes, max_position_embeddings=16, **kwargs)
 
 
@@ -51,7 +57,9 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def make_trainer(folder: Path, model=None, *callbacks, data=None, model_init=None, optimizers=(None, None), **kwargs) -> Trainer:
+def make_trainer(
+    folder: Path, model=None, *callbacks, data=None, model_init=None, optimizers=(None, None), **kwargs
+) -> Trainer:
     """A Trainer on the CPU, four steps an epoch, that says and saves nothing unless it is told to."""
     given = {
         "num_train_epochs": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_strategy": "no",
