@@ -152,8 +152,8 @@ class WarmStartCallback(TrainerCallback):
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         if self._trainer is None or self._trainer() is not trainer:
+            self._follow(trainer.args, trainer.control)
             self._trainer = weakref.ref(trainer)
-            self._run, self._folder = weakref.ref(trainer.control), trainer.args.output_dir
             if trainer.model_init is not None:
                 trainer.model_init = self.wrap_model_init(trainer.model_init)
             # Between the load of a resumed model and of its optimizer there is no event; `train` itself is the moment.
@@ -201,6 +201,15 @@ class WarmStartCallback(TrainerCallback):
 
         return with_ancestor
 
+    def _follow(self, args: TrainingArguments, control: TrainerControl) -> None:
+        for name, asked in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):  # or asked for by `accelerate launch`
+            if asked or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
+                raise TimingError(
+                    f"{name} shards the model after it is set up, which WarmStartCallback does not support yet; train with "
+                    "DistributedDataParallel, or call warmstart.load(model, ...) before Trainer(...)"
+                )
+        self._run, self._folder = weakref.ref(control), args.output_dir
+
     def _load(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         newest = _newest_checkpoint(self._folder)
         others = [c._life for c in self._of_this_run() if c is not self]
@@ -235,12 +244,7 @@ class WarmStartCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        if (sharding := _sharding(args)) is not None:
-            raise TimingError(
-                f"{sharding} shards the model after it is set up, which WarmStartCallback does not support yet; train with "
-                "DistributedDataParallel, or call warmstart.load(model, ...) before Trainer(...)"
-            )
-        self._run, self._folder = weakref.ref(control), args.output_dir
+        self._follow(args, control)
         self._load(model, optimizer)
 
     @override
@@ -262,7 +266,7 @@ class WarmStartCallback(TrainerCallback):
                 "itself: Trainer(model_init=callback.wrap_model_init(model_init), ...)"
             )
         resumed = state.global_step > 0
-        if resumed and self._resuming is None:
+        if resumed and self._trainer is None:  # attached, it knows the checkpoint and has asked it before
             manifest = self._manifest(os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}"))
             if manifest is not None:
                 self._life.resume(model, manifest)
@@ -361,14 +365,6 @@ class WarmStartCallback(TrainerCallback):
 
 # All of this process: the Trainer shows a callback none of its others.
 _CALLBACKS: weakref.WeakSet[WarmStartCallback] = weakref.WeakSet()
-
-
-def _sharding(args: TrainingArguments) -> str | None:
-    """What will shard the model, asked for by arguments or by `accelerate launch`."""
-    for name, asked in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
-        if asked or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
-            return name
-    return None
 
 
 def _model(trainer: Trainer) -> nn.Module:

@@ -285,6 +285,8 @@ def test_sharded_training_is_refused_in_words(make_trainer, plain_source, monkey
     callback = WarmStartCallback(plain_source, into="encoder")
     with pytest.raises(TimingError, match="shards the model after it is set up"):
         callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    with pytest.raises(TimingError, match="shards the model after it is set up"):
+        callback.attach(trainer)
 
 
 @pytest.mark.parametrize("wrong", [{"unfreeze_unit": "week"}, {"held": "train "}, {"unfreeze": {0: "encoder"}}])

@@ -21,7 +21,11 @@ class Watch(TrainerCallback):
 
     def __init__(self, module):
         self.outputs, self.trainable, self.optimizer, self.rates = [], [], set(), []
-        module.register_forward_hook(lambda m, i, o: self.outputs.append((i[0].clone(), o.clone(), m.training)))
+        module.register_forward_hook(self.look)
+
+    def look(self, module, given, output):
+        output = output[0] if isinstance(output, tuple) else output  # a layer's, in earlier releases
+        self.outputs.append((given[0].clone(), output.clone(), module.training))
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         names = {id(p): name for name, p in model.named_parameters()}
