@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,20 @@ def test_wandb_offline(make_trainer, plain_source, tmp_path, monkeypatch, attach
     assert config["warmstart"]["source"].endswith("encoder.pt")
     assert summary["train/warmstart/coverage" if attached else "warmstart/coverage"] == 1
     assert "warmstart/report" in summary
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_any_other_tracker_gets_the_scalars_when_attached(make_trainer, plain_source, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    callback = WarmStartCallback(plain_source, into="encoder")
+    trainer = make_trainer(Plain(), callback, report_to=["trackio"], project="tiny")
+    callback.attach(trainer)
+    trainer.train()
+    with sqlite3.connect(tmp_path / "trackio" / "tiny.db") as database:
+        rows = [str(row[0]) for row in database.execute("SELECT metrics FROM metrics")]
+    assert any("warmstart/coverage" in row for row in rows)
 
 
 def test_nothing_goes_where_nothing_reports(make_trainer, plain_source, tmp_path):
