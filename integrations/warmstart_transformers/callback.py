@@ -28,6 +28,7 @@ from warmstart import CheckpointError, Pretrained, PretrainedFields, Report, Tim
 from warmstart.api import Sources
 from warmstart.freezing import Held
 from warmstart.lifecycle import OnFreezeChange, UnfreezeUnit
+from warmstart.loading.agreement import raised_on_all
 from warmstart.mapping.plan import Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
@@ -112,7 +113,7 @@ class WarmStartCallback(TrainerCallback):
         self._run: weakref.ref[TrainerControl] | None = None
         self._trainer: weakref.ref[Trainer] | None = None
         self._folder: str | None = None  # the run's
-        self._resuming: dict[str, Any] | None = None  # the manifest of the checkpoint that `train` was given
+        self._resuming: str | None = None  # the checkpoint that `train` was given
         self._first_step = False
         _CALLBACKS.add(self)
 
@@ -179,10 +180,8 @@ class WarmStartCallback(TrainerCallback):
     def _before_train(self, trainer: Trainer, train: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(train)
         def loaded(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-            folder = resume_from_checkpoint
-            if folder is True:
-                folder = _newest_checkpoint(trainer.args.output_dir)
-            self._resuming = self._manifest(folder) if folder else None
+            given = resume_from_checkpoint
+            self._resuming = _newest_checkpoint(trainer.args.output_dir) if given is True else (given or None)
             try:
                 if trainer.model_init is None:
                     self._load(_model(trainer), trainer.optimizer)
@@ -211,27 +210,24 @@ class WarmStartCallback(TrainerCallback):
         self._run, self._folder = weakref.ref(control), args.output_dir
 
     def _load(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-        newest = _newest_checkpoint(self._folder)
         others = [c._life for c in self._of_this_run() if c is not self]
         optimizers = [optimizer] if optimizer is not None else []
-        self._life.apply(
-            model, others, optimizers=optimizers, manifest=self._manifest(newest) if newest is not None else None
-        )
+        newest = self._manifest(_newest_checkpoint(self._folder))
+        self._life.apply(model, others, optimizers=optimizers, manifest=newest)
         if self._resuming is not None:
-            self._life.resume(model, self._resuming)
+            self._life.resume(model, self._manifest(self._resuming))
 
-    def _manifest(self, folder: str | bool) -> dict[str, Any] | None:
-        """What this callback left in a checkpoint, or None if it left nothing."""
-        path = Path(str(folder), _MANIFEST)
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return None if self.state_key not in found else dict(found[self.state_key])
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} is not what a warm start writes ({error}); delete it to go on without"
-            ) from error
+    def _manifest(self, folder: str | None) -> dict[str, Any] | None:
+        """What this callback left in a checkpoint, or None if it left nothing; each rank calls it."""
+        path = Path(folder or "", _MANIFEST)
+        with raised_on_all():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8")) if folder is not None and path.exists() else {}
+                return dict(found[self.state_key]) if self.state_key in found else None
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(
+                    f"{path} is not what a warm start writes ({error}); delete it to go on without"
+                ) from error
 
     @override
     def on_init_end(
@@ -267,9 +263,8 @@ class WarmStartCallback(TrainerCallback):
             )
         resumed = state.global_step > 0
         if resumed and self._trainer is None:  # attached, it knows the checkpoint and has asked it before
-            manifest = self._manifest(os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}"))
-            if manifest is not None:
-                self._life.resume(model, manifest)
+            folder = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
+            self._life.resume(model, self._manifest(folder))
         first = self._life.start(
             model,
             resumed=resumed,

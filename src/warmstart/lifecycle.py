@@ -206,9 +206,10 @@ class Lifecycle:
             WarmStartError: As `warmstart.load`.
             TimingError: An optimizer holds a parameter already that is to be frozen.
         """
+        self._unwatch()
         with raised_on_all():
             self._apply(model, beside, optimizers, manifest or {})
-            self.watch(model, manifest)
+        self.watch(model, manifest)
 
     def _apply(
         self,
@@ -265,7 +266,8 @@ class Lifecycle:
         """What the schedule will release goes into the optimizer and the wrapper first, and is frozen at the start."""
         patterns = [p for patterns in self.unfreeze.values() for p in patterns]
         if self.frozen is not None and patterns:
-            self._staged = self.frozen.defer([f"?{p.removeprefix('?')}" for p in patterns])
+            deferred = self.frozen.defer([f"?{p.removeprefix('?')}" for p in patterns])
+            self._staged = tuple(sorted({*self._staged, *deferred}))
 
     def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
         """Notice, until training starts, what a load of the whole model's state dict matches; `apply` does this too."""
@@ -335,8 +337,12 @@ class Lifecycle:
         """Whether the frozen names are known although the source is gone."""
         return self.frozen is not None or self.lock is not None or not any(part.freeze is True for part in self.parts)
 
-    def resume(self, model: nn.Module, state: dict[str, Any]) -> None:
+    def resume(self, model: nn.Module, state: dict[str, Any] | None) -> None:
         """Take over the state of the run that is being resumed: freeze what it froze, or say how that differs.
+
+        Args:
+            model: The model that was applied to.
+            state: As `state()` gave it; None if the run left none.
 
         Raises:
             FrozenChangedError: The resumed run had frozen other entries, and `on_freeze_change` is `"error"`.
@@ -344,7 +350,8 @@ class Lifecycle:
         if not self.loaded(model):
             return
         with raised_on_all():
-            self._resume(model, state)
+            if state is not None:
+                self._resume(model, state)
 
     def _resume(self, model: nn.Module, state: dict[str, Any]) -> None:
         self.restored = dict(state)
