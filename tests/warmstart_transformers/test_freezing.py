@@ -214,3 +214,43 @@ def test_evaluation_between_epochs_changes_nothing_frozen(make_trainer, plain_so
     trainer.train()
     assert equal(weights(model.encoder), torch.load(plain_source, weights_only=True))
     assert len([row for row in trainer.state.log_history if "eval_loss" in row]) == 2
+
+
+def test_a_user_s_own_optimizer_may_hold_what_is_released_later(make_trainer, plain_source):
+    model = Plain()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    callback = WarmStartCallback(plain_source, into="encoder", freeze=True, unfreeze={1: "encoder"})
+    trainer = make_trainer(model, callback, optimizers=(optimizer, None), num_train_epochs=2)
+    trainer.train()
+    source = torch.load(plain_source, weights_only=True)
+    assert not torch.equal(model.encoder[0].weight, source["0.weight"])
+    assert optimizer.state[model.encoder[0].weight]["step"] == 4  # of eight
+
+
+def test_a_change_of_the_freeze_that_is_meant_is_allowed(make_trainer, plain_source):
+    first = WarmStartCallback(plain_source, into="encoder", freeze="encoder.1.bias")
+    make_trainer(Plain(), first, save_strategy="epoch").train()
+    callback = WarmStartCallback(plain_source, into="encoder", freeze="encoder.3.bias", on_freeze_change="allow")
+    trainer = make_trainer(Plain(), callback, num_train_epochs=2)
+    callback.attach(trainer)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 8
+    assert [n for n, p in trainer.model.named_parameters() if not p.requires_grad] == ["encoder.3.bias"]
+
+
+def test_training_twice_keeps_what_the_schedule_was_in_the_manifest(make_trainer, plain_source, tmp_path):
+    """A descendant of the second training still finds its optimizer's shape in it."""
+
+    def callback():
+        return WarmStartCallback(plain_source, into="encoder", freeze=True, unfreeze=SCHEDULE)
+
+    first = callback()
+    trainer = make_trainer(Plain(), first, num_train_epochs=2, save_strategy="epoch")
+    first.attach(trainer)
+    trainer.train()
+    trainer.train()
+    again = callback()
+    trainer = make_trainer(Plain(), again, num_train_epochs=3)
+    again.attach(trainer)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 12
