@@ -11,6 +11,7 @@ from torch import nn
 
 import warmstart
 from warmstart import FrozenChangedError, MappingError
+from warmstart.freezing import freeze_patterns
 
 
 class Net(nn.Module):
@@ -219,3 +220,31 @@ def test_a_report_freezes_the_model_it_is_given():
     frozen.check()
     model.half()
     warmstart.freeze(model, report).check()
+
+
+def test_what_is_deferred_goes_into_the_optimizer_first_and_is_frozen_afterwards():
+    model = Net()
+    frozen = warmstart.freeze(model, ["encoder", "encoder2"])
+    assert frozen.defer(["encoder2", "?none"]) == ("encoder2.weight", "encoder2.bias")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    assert {id(p) for p in model.encoder2.parameters()} <= {id(p) for p in optimizer.param_groups[0]["params"]}
+    model(torch.randn(16, 4)).sum().backward()
+    frozen.enforce()
+    frozen.check()
+    assert all(p.grad is None and not p.requires_grad for p in model.encoder2.parameters())
+    assert not model.encoder2.training  # its hold began at once
+    frozen.release("encoder2", optimizer)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_deferring_what_is_not_frozen_is_an_error():
+    with pytest.raises(MappingError, match="unfreeze='head' matches nothing that is frozen"):
+        warmstart.freeze(Net(), "encoder").defer("head")
+
+
+def test_a_release_holds_nothing_where_modes_were_to_be_left_alone():
+    model = Net()
+    frozen = freeze_patterns(model, ["encoder", "encoder2"], held="train")
+    frozen.release("encoder2")
+    assert frozen.held == ()
+    assert model.encoder.training

@@ -87,9 +87,10 @@ class Frozen:
             if target.kind == "parameter":
                 target.tensor.requires_grad_(False)
                 target.tensor.grad = None
+        self._deferred: list[Target] = []
         self._held: list[tuple[str, list[nn.Module]]] = []
-        if held == "eval":
-            self._hold()
+        self._holds = held == "eval"
+        self._hold()
         self._fingerprints = {name: _Fingerprint.of(target.tensor) for name, target in self._targets.items()}
 
     @property
@@ -153,6 +154,35 @@ class Frozen:
         for rows in self.rows.values() if all_values else ():
             rows.rebase()
 
+    def defer(self, patterns: Patterns) -> tuple[str, ...]:
+        """Let parameters that will be released later train until `enforce`: what is made in between takes them in.
+
+        An optimizer and a wrapper made in between hold them from the start, so that neither changes shape later.
+
+        Returns:
+            The entries that the patterns match.
+
+        Raises:
+            MappingError: A pattern matches nothing that is frozen.
+        """
+        chosen = PatternSet(patterns, where="unfreeze")
+        names = [name for name, target in self._targets.items() if chosen.matches(name, target.clean)]
+        names += [name for name in self.rows if chosen.matches(name)]
+        if unused := chosen.without_hit():
+            hint = did_you_mean(unused[0].text, [*self._targets, *self.rows])
+            raise MappingError(f"unfreeze={unused[0].text!r} matches nothing that is frozen{hint}")
+        self._deferred = [t for name, t in self._targets.items() if name in self.trained.intersection(names)]
+        for target in self._deferred:
+            target.tensor.requires_grad_(True)
+        return tuple(names)
+
+    def enforce(self) -> None:
+        """Freeze what was deferred."""
+        for target in self._deferred:
+            target.tensor.requires_grad_(False)
+            target.tensor.grad = None
+        self._deferred = []
+
     def release(self, patterns: Patterns, optimizer: torch.optim.Optimizer | None = None) -> tuple[str, ...]:
         """Unfreeze what the patterns match, and end the eval mode that was held for it.
 
@@ -197,7 +227,8 @@ class Frozen:
 
     def _hold(self) -> None:
         """Hold each maximal subtree that is frozen as a whole, and each module with frozen statistics, in eval."""
-        wanted = _to_hold(self.model, {(id(t.owner), t.leaf) for t in self._targets.values()})
+        frozen = {(id(t.owner), t.leaf) for t in self._targets.values()}
+        wanted = _to_hold(self.model, frozen) if self._holds else []
         keep = {id(module) for _, modules in wanted for module in modules}
         for _, modules in self._held:
             for module in modules:

@@ -1,0 +1,53 @@
+"""What a model of transformers says of itself, and what that means for the rules."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+from typing_extensions import override
+
+from warmstart import MappingError, Plan, Pretrained, Report, api
+from warmstart.lifecycle import Lifecycle
+from warmstart.mapping.names import strip
+
+
+class ModelLifecycle(Lifecycle):
+    """The lifecycle, of models that may have a base and a head, or be quantised."""
+
+    @override
+    def plan(self, model: nn.Module) -> Plan[Report]:
+        bare = _without_adapters(model)
+        if getattr(bare, "is_quantized", False):
+            raise MappingError(
+                f"{type(bare).__name__} is quantised: its weights are packed integers with scales, which no checkpoint's "
+                "values can be copied into; load the pretrained weights when it is made, "
+                "from_pretrained(..., quantization_config=...), and leave the callback out"
+            )
+        prefix = getattr(bare, "base_model_prefix", "")
+        if not prefix or not isinstance(getattr(bare, prefix, None), nn.Module):
+            return super().plan(model)
+        draft = api.plan(model, self.parts)
+        parts = [_into_base(part, number, draft, prefix) for number, part in enumerate(self.parts)]
+        if parts != self.parts:
+            narrowed = api.plan(model, parts, lock=self.lock)
+            if narrowed.mapping.keys() >= {a.target for a in draft.assignments if a.alias_of is None}:
+                return narrowed
+        return super().plan(model)
+
+
+def _into_base(part: Pretrained, number: int, draft: Plan[Report], prefix: str) -> Pretrained:
+    """`into` the base, where everything that was found of a source lies there: the head is then out of its scope."""
+    if part.into:
+        return part
+    entries = draft.targets.entries
+    assigned = [a.target for a in draft.assignments if a.part == number and a.alias_of is None]
+    found = [entries[name].clean for name in [*assigned, *draft.mismatched]]
+    in_base = all(strip(name, prefix) is not None for name in found)
+    return dataclasses.replace(part, into=prefix) if assigned and in_base else part
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    get_base_model = getattr(model, "get_base_model", None)  # PEFT's
+    base = get_base_model() if callable(get_base_model) else model
+    return base if isinstance(base, nn.Module) else model

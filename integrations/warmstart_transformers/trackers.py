@@ -1,0 +1,91 @@
+"""A report in whatever trackers `report_to` made active."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import Trainer, TrainerState, TrainingArguments
+
+from warmstart import Report
+
+
+def log_report(report: Report, args: TrainingArguments, state: TrainerState, trainer: Trainer | None) -> None:
+    """Scalars to every tracker, the table as text and the lineage to those that take them; each rank calls it.
+
+    Without a trainer there is no way to its trackers but their own: TensorBoard gets a run of its own beside the run's,
+    MLflow and W&B have one that is active. With one, the scalars go where its own go, whatever the tracker.
+    """
+    scalars = report.metrics()
+    if trainer is not None and args.report_to:
+        trainer.log(dict(scalars))  # it adds to what it is given
+        scalars = {}
+    if not state.is_world_process_zero:
+        return
+    for name, write in _TRACKERS.items():
+        if name in (args.report_to or ()):
+            try:
+                write(report, scalars, args, state, trainer)
+            except Exception as error:  # a tracker that fails costs its entry, not the run
+                warnings.warn(f"warmstart: {name} did not take the report: {error}", UserWarning, stacklevel=2)
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """The lineage in short: for a run's configuration."""
+    sources: Sequence[dict[str, Any]] = report.lineage["sources"]
+    return {
+        "source": ", ".join(source["location"] for source in sources),
+        "header_sha256": ", ".join(source["header_sha256"] for source in sources),
+        "plan_sha256": report.lineage["plan_sha256"],
+        "coverage": report.coverage,
+    }
+
+
+def _tensorboard(
+    report: Report, scalars: dict[str, float], args: TrainingArguments, state: TrainerState, trainer: Trainer | None
+) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    callbacks = trainer.callback_handler.callbacks if trainer is not None else []
+    theirs = next((w for c in callbacks if (w := getattr(c, "tb_writer", None)) is not None), None)
+    folder = os.getenv("TENSORBOARD_LOGGING_DIR") or os.path.join(str(args.output_dir), "runs")
+    writer = theirs or SummaryWriter(os.path.join(folder, "warmstart"))
+    for tag, value in scalars.items():
+        writer.add_scalar(tag, value, state.global_step)
+    writer.add_text("warmstart/report", report.to_markdown(), state.global_step)
+    writer.add_text("warmstart/lineage", "\n".join(f"- {k}: `{v}`" for k, v in summary(report).items()))
+    writer.flush() if theirs else writer.close()
+
+
+def _mlflow(
+    report: Report, scalars: dict[str, float], args: TrainingArguments, state: TrainerState, trainer: Trainer | None
+) -> None:
+    mlflow: Any = sys.modules.get("mlflow")
+    if mlflow is None or mlflow.active_run() is None:
+        return
+    mlflow.log_metrics(scalars, step=state.global_step)
+    mlflow.log_params({f"warmstart.{name}": str(value)[:250] for name, value in summary(report).items()})
+    mlflow.log_text(report.to_markdown(), "warmstart/report.md")
+    mlflow.log_dict(report.lineage, "warmstart/lineage.json")
+
+
+def _wandb(
+    report: Report, scalars: dict[str, float], args: TrainingArguments, state: TrainerState, trainer: Trainer | None
+) -> None:
+    wandb: Any = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None:
+        return
+    wandb.run.config.update({"warmstart": summary(report)}, allow_val_change=True)
+    table = wandb.Table(columns=["report"], data=[[report.to_markdown()]])
+    wandb.run.log({**scalars, "warmstart/report": table, "train/global_step": state.global_step})
+
+
+# The three have a run that is found without the trainer; what else `report_to` knows gets the scalars through it.
+_TRACKERS: dict[str, Callable[[Report, dict[str, float], TrainingArguments, TrainerState, Trainer | None], None]] = {
+    "tensorboard": _tensorboard,
+    "mlflow": _mlflow,
+    "wandb": _wandb,
+}
