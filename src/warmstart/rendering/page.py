@@ -20,7 +20,7 @@ from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan import Plan
 from warmstart.outcome import Outcome
 from warmstart.rendering.files import write_whole
-from warmstart.rendering.records import Entry, Unused, elements, entries, unused
+from warmstart.rendering.records import Entry, Unused, entries, unused
 from warmstart.rendering.replaying import Replay
 from warmstart.rendering.statuses import STATUSES
 from warmstart.rendering.text import percent, verdict
@@ -69,7 +69,7 @@ def page(plan: Plan, outcome: Outcome | None = None) -> str:
     return environment.get_template("report.html").render(
         title=f"{', '.join(part.pretrained.short_label for part in plan.parts)} into {plan.model_name}",
         state=_state(plan, outcome),
-        sentence=plan.explain().partition("\n")[0] if plan.errors else _sentence(plan, outcome),
+        sentence=_sentence(plan, outcome),
         figures=_figures(plan, outcome, records),
         fixes=_fixes(plan.errors),
         more_fixes=sum(max(0, n - _PER_KIND) for n in Counter(p.kind for p in plan.errors).values()),
@@ -129,6 +129,8 @@ def _state(plan: Plan, outcome: Outcome | None) -> tuple[str, str]:
 
 
 def _sentence(plan: Plan, outcome: Outcome | None) -> str:
+    if plan.errors:
+        return f"{len(plan.errors)} error{'s' * (len(plan.errors) > 1)}, nothing was written"
     if outcome is not None:
         return verdict(outcome).removeprefix("warmstart: ")
     return f"{len(plan.assignments)} tensors, {percent(plan.coverage)} of elements would be loaded; nothing is written yet"
@@ -142,8 +144,6 @@ def _figures(plan: Plan, outcome: Outcome | None, records: Sequence[Entry]) -> d
         "coverage": percent(plan.coverage),
         "verified": {"full": "every element", "sample": "a sample", "off": "nothing"}[outcome.verified] if outcome else None,
         "frozen": sum(entry.frozen for entry in records),
-        "seconds": outcome.seconds if outcome else None,
-        "shares": {status: count for status, count in elements(records).items() if count},
     }
 
 

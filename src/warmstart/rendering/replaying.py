@@ -83,7 +83,7 @@ class Replay:
             if assignment.target in self._matched:
                 words.append(self._match)
         if not words and key != assignment.target:
-            words.append("into" if self._into else "wrapper segments")
+            words.append(f"into {self._into}" if self._into else "wrapper segments")
         if assignment.adapter is not None:
             words.append(type(assignment.adapter).__name__)
         return ", ".join(words) or "same name"

@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const PAGE = 50, DEPTH = 3, MOST_TILES = 700, MOST_CHILDREN = [160, 60, 30];
+  const PAGE = 100, DEPTH = 4, MOST_TILES = 800, MOST_CHILDREN = [160, 60, 40, 20];
   const TIED = data.statuses.indexOf("tied");
   const $ = (id) => document.getElementById(id);
   const say = (words) => { $("say").textContent = words; };
@@ -63,8 +63,18 @@
   const state = { path: "", search: "", statuses: new Set(), frozen: false, size: 0 };
 
   // ---- The map --------------------------------------------------------------------------------------------------
-  // Area of a node: its elements, or its tensors; one without elements still has to be seen.
-  const weight = (n) => n.by.reduce((sum, by) => sum + by[state.size], 0) || 0.5;
+  const weight = (n) => n.by.reduce((sum, by) => sum + by[state.size], 0);
+  // A module that holds one module only is shown as one: encoder.layer.
+  const chained = (n) => {
+    let at = n, name = n.name;
+    while (at.children.size === 1) {
+      const [only] = at.children.values();
+      if (!only.children.size) break;
+      at = only;
+      name += `.${only.name}`;
+    }
+    return at === n ? n : { ...at, name };
+  };
 
   // Squarified treemap: Bruls, Huizing and van Wijk (2000).
   const squarify = (items, box) => {
@@ -109,7 +119,9 @@
 
   let tiles = [], budget = 0;
   const shown = (n, depth) => {
-    const all = [...n.children.values()].map((child) => ({ node: child, weight: weight(child) }));
+    // A head of a few thousand elements beside an encoder of millions has to be seen: no area is smaller than this.
+    const least = Math.min(0.015, 0.3 / n.children.size) * (weight(n) || 1);
+    const all = [...n.children.values()].map(chained).map((each) => ({ node: each, weight: Math.max(weight(each), least) }));
     all.sort((a, b) => b.weight - a.weight);
     const most = MOST_CHILDREN[depth];
     if (all.length <= most) return all;
@@ -243,10 +255,13 @@
   $("map").addEventListener("focusin", tell);
 
   // ---- Tables ---------------------------------------------------------------------------------------------------
+  // A long name breaks after its dots.
+  const broken = (text) => text.split(/(?<=\.)/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
   const marked = (text, needle) => {
     const at = needle ? text.toLowerCase().indexOf(needle) : -1;
-    if (at < 0) return [text];
-    return [text.slice(0, at), make("mark", {}, text.slice(at, at + needle.length)), text.slice(at + needle.length)];
+    if (at < 0) return broken(text);
+    const end = at + needle.length;
+    return [...broken(text.slice(0, at)), make("mark", {}, text.slice(at, end)), ...broken(text.slice(end))];
   };
   const natural = new Intl.Collator("en", { numeric: true }).compare;
 
@@ -307,7 +322,7 @@
   const text = (values, i) => data.texts[values[i]];
   const by = (value) => (a, b) => natural(value(a), value(b));
   const keyCell = (i, word) => {
-    const keys = entries.status[i] !== undefined && entries.keys[i] !== 0 && !entries.keys[i].length ? [] : keysOf(i);
+    const keys = keysOf(i);
     if (!keys.length) return [make("span", { class: "none" }, "none")];
     const from = data.several && text(entries.source, i) ? [make("span", { class: "none" }, ` of ${text(entries.source, i)}`)] : [];
     if (keys.length === 1) return [...marked(keys[0], word), ...from];
@@ -319,7 +334,7 @@
     haystack[i] ??= [entries.name[i], ...keysOf(i), text(entries.how, i), text(entries.source, i)].join("\n").toLowerCase();
     return haystack[i].includes(state.search);
   };
-  const yes = { full: "every element", sample: "a sample", no: "no", "": "" };
+  const verified = { full: "\u2713 all", sample: "\u2713 sample", no: "no", "": "" };
   const inside = (i) => !state.path || entries.name[i] === state.path || entries.name[i].startsWith(`${state.path}.`);
   const entryTable = table({
     place: $("entries"), label: "tensors of the model", length: total, noun: "tensor", needle: () => state.search,
@@ -333,8 +348,8 @@
       { title: "Status", class: "status", compare: (a, b) => entries.status[a] - entries.status[b],
         cell: (i) => [make("span", { class: "chip" }, make("span", { class: `swatch ${slug(entries.status[i])}` }), data.statuses[entries.status[i]])] },
       { title: "By", class: "how", cell: (i, word) => marked(text(entries.how, i), word), compare: by((i) => text(entries.how, i)) },
-      { title: "Verified", class: "", cell: (i) => [yes[text(entries.verified, i)]], compare: by((i) => text(entries.verified, i)) },
-      { title: "Frozen", class: "", cell: (i) => [entries.frozen[i] ? "frozen" : ""], compare: (a, b) => entries.frozen[b] - entries.frozen[a] },
+      { title: "Verified", class: "fixed", cell: (i) => [verified[text(entries.verified, i)]], compare: by((i) => text(entries.verified, i)) },
+      { title: "Frozen", class: "fixed", cell: (i) => [entries.frozen[i] ? "frozen" : ""], compare: (a, b) => entries.frozen[b] - entries.frozen[a] },
     ],
   });
 
