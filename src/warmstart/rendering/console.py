@@ -47,9 +47,9 @@ def show(outcome: Outcome, file: TextIO | None = None) -> None:
     for number, words in enumerate(lines(plan, _LIMIT)):
         shown = Text(f"  {words}")
         if number < len(table) and words.startswith(table[number].status):
-            status = table[number].status
-            look = next((look for name, look in STATUSES.items() if status.startswith(name)), None)
-            shown.stylize(look.terminal if look else "dim", 2, 2 + len(status))
+            word = table[number].status
+            look = next((look for name, look in STATUSES.items() if word.startswith(name)), None)
+            shown.stylize(look.terminal if look else "dim", 2, 2 + len(word))
         line(shown)
     for note in outcome.notes:
         line(Text(f"  note: {note}", style="dim"))

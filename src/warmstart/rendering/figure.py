@@ -70,16 +70,22 @@ def figure(plan: Plan, outcome: Outcome | None = None) -> Any:
             label=status,
         )
     for at, row in enumerate(rows):
-        frozen = ", frozen" if row.frozen == row.tensors else f", {row.frozen} of {row.tensors} frozen" if row.frozen else ""
+        frozen = (
+            ", frozen" if row.frozen == row.tensors else f", {row.frozen} of {row.tensors} frozen" if row.frozen else ""
+        )
         axes.text(1.01, at, f"{_short(row.size)}{frozen}", va="center", fontsize=8, color="#515b68", parse_math=False)
-    axes.set_yticks(range(len(rows)), [_label(row.path) for row in rows], fontsize=8, family="monospace", parse_math=False)
+    axes.set_yticks(
+        range(len(rows)), [_label(row.path) for row in rows], fontsize=8, family="monospace", parse_math=False
+    )
     axes.set(xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xticks=[0, 0.25, 0.5, 0.75, 1])
     axes.set_xticklabels(["0", "25 %", "50 %", "75 %", "100 %"], fontsize=8)
     axes.set_xlabel("share of each module's elements", fontsize=8, color="#515b68")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     sources = ", ".join(part.pretrained.short_label for part in plan.parts)
-    title = f"{_label(sources)} into {_label(plan.model_name)}: {percent(plan.coverage)} of the elements in scope loaded"
+    title = (
+        f"{_label(sources)} into {_label(plan.model_name)}: {percent(plan.coverage)} of the elements in scope loaded"
+    )
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=26, parse_math=False)
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(STATUSES), frameon=False, fontsize=8, borderaxespad=0.2,

@@ -32,12 +32,13 @@ _PASTE = re.compile(r"[a-z_0-9]+=[\[{\"'r(].*[\]})\"']")
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """A problem in its parts: what is wrong, what can be done, and the line to type for it."""
+    """A problem in its parts: what is wrong, what can be done, the line to type for it, and what was said after that."""
 
     kind: str
     message: str
     advice: str
     code: str
+    more: str
 
 
 def page(plan: Plan, outcome: Outcome | None = None) -> str:
@@ -133,7 +134,9 @@ def _sentence(plan: Plan, outcome: Outcome | None) -> str:
         return f"{len(plan.errors)} error{'s' * (len(plan.errors) > 1)}, nothing was written"
     if outcome is not None:
         return verdict(outcome).removeprefix("warmstart: ")
-    return f"{len(plan.assignments)} tensors, {percent(plan.coverage)} of elements would be loaded; nothing is written yet"
+    return (
+        f"{len(plan.assignments)} tensors, {percent(plan.coverage)} of elements would be loaded; nothing is written yet"
+    )
 
 
 def _figures(plan: Plan, outcome: Outcome | None, records: Sequence[Entry]) -> dict[str, Any]:
@@ -142,7 +145,9 @@ def _figures(plan: Plan, outcome: Outcome | None, records: Sequence[Entry]) -> d
         "loaded": loaded,
         "total": loaded + len(plan.missing) + len(plan.mismatched),
         "coverage": percent(plan.coverage),
-        "verified": {"full": "every element", "sample": "a sample", "off": "nothing"}[outcome.verified] if outcome else None,
+        "verified": {"full": "every element", "sample": "a sample", "off": "nothing"}[outcome.verified]
+        if outcome
+        else None,
         "frozen": sum(entry.frozen for entry in records),
     }
 
@@ -156,8 +161,9 @@ def _fixes(problems: Sequence[Problem]) -> list[Fix]:
             continue
         message, _, advice = problem.message.partition("  -> ")
         found = _PASTE.search(advice)
-        code = found[0] if found else ""
-        out.append(Fix(problem.kind, message.rstrip(), advice.replace(code, "").rstrip(": \n") if code else advice, code))
+        start, end = found.span() if found else (len(advice), len(advice))
+        before, code, after = advice[:start].rstrip(": \n"), advice[start:end], advice[end:].strip()
+        out.append(Fix(problem.kind, message.rstrip(), before, code, after))
     return out
 
 

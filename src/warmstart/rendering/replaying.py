@@ -133,7 +133,9 @@ class Replay:
                 yield Rule(field, f"{rename.rule} to {rename.replacement or '(nothing)'}", rename.hits, "keys")
         elif field == "convert":
             for conversion in rules.conversions:
-                made = {id(a.conversion) for a in self._mine() if a.conversion and a.conversion.label == str(conversion)}
+                made = {
+                    id(a.conversion) for a in self._mine() if a.conversion and a.conversion.label == str(conversion)
+                }
                 yield Rule(field, str(conversion), len(made), "instances")
         elif field == "strip_prefix" and value:
             yield Rule(field, str(value), self._stripped, "keys")

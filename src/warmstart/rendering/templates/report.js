@@ -184,11 +184,13 @@
   const drawMap = () => {
     const map = $("map"), current = find(state.path);
     tiles = [];
-    budget = MOST_TILES;
     map.replaceChildren();
     const box = { x: 0, y: 0, w: map.clientWidth, h: map.clientHeight };
     const items = current.children.size ? shown(current, 0) : [{ node: current, weight: 1 }];
-    for (const each of squarify(items, box)) draw(each.item, each, 0, map);
+    for (const each of squarify(items, box)) {
+      budget = MOST_TILES / items.length;
+      draw(each.item, each, 0, map);
+    }
     if (tiles.length) tiles[0].tabIndex = 0;
     $("detail").textContent = `${state.path || root.name}: ${words(current)}`;
   };
