@@ -87,10 +87,11 @@ def figure(plan: Plan, outcome: Outcome | None = None) -> Any:
         f"{_label(sources)} into {_label(plan.model_name)}: {percent(plan.coverage)} of the elements in scope loaded"
     )
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=26, parse_math=False)
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(STATUSES), frameon=False, fontsize=8, borderaxespad=0.2,
-        handlelength=1.6, columnspacing=1.4,
-    )  # fmt: skip
+    if present:
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(STATUSES), frameon=False, fontsize=8, borderaxespad=0.2,
+            handlelength=1.6, columnspacing=1.4,
+        )  # fmt: skip
     return drawn
 
 
