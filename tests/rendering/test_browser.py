@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import nn
+
+import warmstart
 
 selenium = pytest.importorskip("selenium")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -37,6 +40,7 @@ def chromium(tmp_path_factory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_script_timeout(120)
     yield driver
     driver.quit()
 
@@ -162,15 +166,32 @@ def test_search_finds_names_keys_and_rules(mixed):
 
 
 def test_statuses_filter_and_are_said_in_words(mixed):
-    own = next(b for b in mixed.all("#legend button") if b.get_attribute("data-name") == "own init")
+    own = next(b for b in mixed.all("#legend button") if b.get_attribute("data-status") == "own init")
     own.click()
     assert own.get_attribute("aria-pressed") == "true"
     assert mixed.column(4) == ["own init", "own init"]
     assert mixed.run("return document.querySelectorAll('#map .dim').length") > 0
     own.click()
+    out = next(b for b in mixed.all("#legend button") if b.get_attribute("data-status") == "out of scope")
+    out.click()
+    assert mixed.column(4) == ["out of scope", "out of scope"]
+    out.click()
     mixed.one("#only-frozen").click()
     assert mixed.column(0) == ["encoder.layer.0.weight", "encoder.layer.0.bias"]
     assert mixed.column(7) == ["frozen", "frozen"]
+
+
+def test_statuses_that_no_tensor_has_are_left_out_and_the_others_keep_theirs(chromium, tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    report = warmstart.load(model, nn.Linear(2, 2), into="a", exclude="a.bias", allow_unexpected="bias")
+    page = Page(chromium, report.to_html(tmp_path / "report.html"))
+    buttons = {b.get_attribute("data-status"): b for b in page.all("#legend button")}
+    assert list(buttons) == ["loaded", "out of scope"]
+    buttons["out of scope"].click()
+    assert page.column(0) == ["a.bias", "b.weight", "b.bias"]
+    dimmed = page.run("return [...document.querySelectorAll('#map .dim')].map(band => band.className)")
+    assert dimmed
+    assert set(dimmed) == {"s-loaded dim"}
 
 
 def test_columns_sort_both_ways(mixed):

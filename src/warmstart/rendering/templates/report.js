@@ -141,9 +141,10 @@
     const nested = n.children.size > 0 && big && !item.rest;
     const present = data.statuses.map((_, s) => s).filter((s) => n.by[s][1]);
     const one = present.length === 1;
+    const title = one && !nested ? `${n.name} ${data.statuses[present[0]]}` : n.name;
     const tile = make("button", {
       type: "button", class: "tile", tabindex: "-1", "data-path": n.path,
-      ...(depth ? { "aria-hidden": "true" } : { "aria-label": `${n.name}, ${item.rest ? "in the table: " : ""}${words(n)}` }),
+      ...(depth ? { "aria-hidden": "true" } : { "aria-label": `${title}, ${item.rest ? "in the table: " : ""}${words(n)}` }),
     });
     tile.node = n;
     Object.assign(tile.style, {
@@ -175,8 +176,7 @@
       else tile.classList.add("mixed");
       tile.append(label);
       if (box.h > 44 && box.w > 60 && one) {
-        const kind = `what ${dim ? "dim" : slug(present[0])}`;
-        tile.append(make("span", { class: kind, "aria-hidden": "true" }, data.statuses[present[0]]));
+        tile.append(" ", make("span", { class: `what ${dim ? "plainly" : slug(present[0])}`, "aria-hidden": "true" }, data.statuses[present[0]]));
       }
     }
   };
@@ -378,7 +378,7 @@
   $("search").addEventListener("input", (event) => { state.search = event.target.value.toLowerCase(); say(entryTable.reset()); });
   for (const button of document.querySelectorAll("#legend button")) {
     button.addEventListener("click", () => {
-      const status = Number(button.dataset.status);
+      const status = data.statuses.indexOf(button.dataset.status);
       if (button.id === "only-frozen") state.frozen = !state.frozen;
       else if (!state.statuses.delete(status)) state.statuses.add(status);
       press(button, button.id === "only-frozen" ? state.frozen : state.statuses.has(status));
