@@ -9,9 +9,12 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import warmstart
+from warmstart.mapping.grouping import printable
 from warmstart.rendering.page import page
 
 
@@ -96,6 +99,18 @@ def test_hostile_names_are_text_and_nothing_else(hostile_report, mixed_plan):
     assert "\u202e" not in text
     assert len(read.data["entries"]["name"]) == 10_000
     assert "<script>pwned=1</script>.0.gain" in read.data["entries"]["name"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=6, unique=True))
+def test_whatever_keys_are_called_the_page_has_them_and_its_own_two_scripts(names):
+    state = {name: torch.zeros(1) for name in names} | {"weight": torch.zeros(1, 1), "bias": torch.zeros(1)}
+    plan = warmstart.plan(nn.Linear(1, 1), state, strip_prefix="", allow_unexpected="?*")
+    read = Reader(page(plan))
+    assert len(read.scripts) == 2
+    left = [*plan.unexpected, *plan.ignored]
+    assert read.data["unused"]["name"] == [printable(key) for key in left]
+    assert read.data["unused"]["error"] == [0] * len(left)
 
 
 def test_ten_thousand_tensors_are_less_than_three_megabytes():

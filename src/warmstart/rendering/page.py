@@ -173,7 +173,7 @@ def _data(plan: Plan, records: Sequence[Entry], left: Sequence[Unused]) -> dict[
     shapes: dict[tuple[int, ...], int] = {}
 
     def text(value: str) -> int:
-        return texts.setdefault(printable(value), len(texts))
+        return texts.setdefault(value, len(texts))
 
     def shape(value: tuple[int, ...]) -> int:
         return shapes.setdefault(value, len(shapes))
@@ -202,7 +202,7 @@ def _data(plan: Plan, records: Sequence[Entry], left: Sequence[Unused]) -> dict[
     return {
         "model": plan.model_name,
         "statuses": order,
-        "texts": list(texts),
+        "texts": [printable(value) for value in texts],
         "shapes": [[str(s), math.prod(s)] for s in shapes],
         "several": len(plan.parts) > 1,
         "entries": model,
