@@ -276,6 +276,20 @@ def test_axe_finds_nothing(chromium, request, tmp_path, which, scheme):
     assert chromium.get_log("browser") == []
 
 
+def test_a_window_that_grows_keeps_the_focus(mixed):
+    from selenium.webdriver.common.keys import Keys
+
+    mixed.run("document.querySelector('#map .tile').focus()")
+    mixed.press(Keys.ARROW_RIGHT)
+    focused, width = mixed.focused, mixed.run("return document.activeElement.offsetWidth")
+    mixed.run("document.querySelector('#map').style.width = '50%'")
+    deadline = time.monotonic() + 5
+    while mixed.run("return document.activeElement.offsetWidth") == width and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert mixed.focused == focused
+    assert mixed.run("return document.activeElement.offsetWidth") < width
+
+
 def test_a_narrow_window_needs_no_sideways_scrolling(chromium, mixed_plan, tmp_path):
     chromium.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}

@@ -173,6 +173,18 @@ def test_the_state_is_the_report_s(verify, status, word):
     assert state[1] == word
 
 
+def test_long_and_deep_lineage_ends_somewhere():
+    report = warmstart.load(nn.Linear(2, 2), nn.Linear(2, 2))
+    deep: dict[str, object] = {}
+    for _ in range(900):
+        deep = {"ancestor": deep, "<b>": [1]}
+    report.lineage |= {"ancestors": [deep], "long": list(range(1000))}
+    text = page(report.plan, report)
+    assert len(text) < 200_000
+    assert "... and 950 more" in text
+    assert "<b>" not in text
+
+
 def test_several_sources_have_their_rules_each():
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     parts = [warmstart.Pretrained(nn.Linear(2, 2), into="a"), warmstart.Pretrained(nn.Linear(2, 2), into="b")]

@@ -34,11 +34,11 @@ class Plan(Buckets, Generic[R]):
 
     Attributes:
         applier: What `apply` calls. This floor only decides; the floors above it write, and say what a report is (`R`).
-        pager: What `to_html` calls, for the same reason.
+        renderer: What `to_html` calls, for the same reason.
     """
 
     applier: Callable[..., R]
-    pager: Callable[[str | os.PathLike[str], Plan[R]], Path]
+    renderer: Callable[[str | os.PathLike[str], Plan[R]], Path]
 
     @property
     def mapping(self) -> dict[str, tuple[str, ...]]:
@@ -176,7 +176,7 @@ class Plan(Buckets, Generic[R]):
         Raises:
             ModuleNotFoundError: jinja2 is not installed.
         """
-        return self.pager(path, self)
+        return self.renderer(path, self)
 
     def digest(self) -> str:
         """A SHA-256 of the decisions: equal for equal mappings, whatever the paths and the order of keys."""

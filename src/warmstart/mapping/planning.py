@@ -28,7 +28,7 @@ def make_plan(
     model: nn.Module,
     sources: Sequence[tuple[Pretrained, Checkpoint]],
     applier: Callable[..., R],
-    pager: Callable[[str | os.PathLike[str], Plan[R]], Path],
+    renderer: Callable[[str | os.PathLike[str], Plan[R]], Path],
 ) -> Plan[R]:
     """Plan each source alone and join the results.
 
@@ -36,7 +36,7 @@ def make_plan(
         model: The model to load into; it is not touched.
         sources: Each source's rules and its opened checkpoint.
         applier: What `Plan.apply` calls; the floors above this one write, this one only decides.
-        pager: What `Plan.to_html` calls.
+        renderer: What `Plan.to_html` calls.
 
     Raises:
         MappingError: The model is not ready to be planned for (lazy or meta entries).
@@ -44,7 +44,7 @@ def make_plan(
     with _without_collector():
         targets = Targets.of(model)
         parts = [plan_part(i, p, c, targets, len(sources)) for i, (p, c) in enumerate(sources)]
-        return _joined(parts, targets, model, applier, pager)
+        return _joined(parts, targets, model, applier, renderer)
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def _joined(
     targets: Targets,
     model: nn.Module,
     applier: Callable[..., R],
-    pager: Callable[[str | os.PathLike[str], Plan[R]], Path],
+    renderer: Callable[[str | os.PathLike[str], Plan[R]], Path],
 ) -> Plan[R]:
     errors = [problem for part in parts for problem in part.errors]
     notes = [note for part in parts for note in part.notes]
@@ -144,7 +144,7 @@ def _joined(
         model=model,
         targets=targets,
         applier=applier,
-        pager=pager,
+        renderer=renderer,
     )
 
 

@@ -117,7 +117,7 @@
       (n.frozen ? `; ${n.frozen === n.rows ? "all" : count(n.frozen)} frozen` : "");
   };
 
-  let tiles = [], budget = 0;
+  let tiles = [], budget = 0, width = 0;
   const shown = (n, depth) => {
     // A head of a few thousand elements beside an encoder of millions has to be seen: no area is smaller than this.
     const least = Math.min(0.015, 0.3 / n.children.size) * (weight(n) || 1);
@@ -183,7 +183,9 @@
 
   const drawMap = () => {
     const map = $("map"), current = find(state.path);
+    const held = map.contains(document.activeElement) ? document.activeElement.dataset.path : null;
     tiles = [];
+    width = map.clientWidth;
     map.replaceChildren();
     const box = { x: 0, y: 0, w: map.clientWidth, h: map.clientHeight };
     const items = current.children.size ? shown(current, 0) : [{ node: current, weight: 1 }];
@@ -192,6 +194,7 @@
       draw(each.item, each, 0, map);
     }
     if (tiles.length) tiles[0].tabIndex = 0;
+    if (held !== null && tiles.length) focus(tiles.find((tile) => tile.dataset.path === held) || tiles[0]);
     $("detail").textContent = `${state.path || root.name}: ${words(current)}`;
   };
 
@@ -406,5 +409,5 @@
 
   drawCrumbs();
   drawMap();
-  new ResizeObserver(() => drawMap()).observe($("map"));
+  new ResizeObserver(() => { if ($("map").clientWidth !== width) drawMap(); }).observe($("map"));
 })();
