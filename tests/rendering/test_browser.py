@@ -128,6 +128,9 @@ def test_modules_and_tensors_go_by_the_keyboard_alone(mixed):
     assert mixed.column(0) == ["encoder.layer.0.weight", "encoder.layer.0.bias"]
     mixed.press(Keys.ESCAPE)
     assert mixed.focused.startswith("0, module")  # where one came from
+    mixed.press(Keys.ESCAPE)
+    assert mixed.focused == first
+    mixed.press(Keys.ENTER)
     mixed.press(Keys.END)
     assert mixed.focused.startswith("2, module")
     assert len(mixed.run("return [...document.querySelectorAll('#map [tabindex=\"0\"]')]")) == 1

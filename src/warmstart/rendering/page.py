@@ -26,6 +26,7 @@ from warmstart.rendering.statuses import STATUSES
 from warmstart.rendering.text import percent, verdict
 from warmstart.version import __version__
 
+_COMPARED = {"full": "every element", "sample": "a sample", "off": "nothing"}
 _PER_KIND = 25  # problems of one kind that are spelled out
 _PASTE = re.compile(r"[a-z_0-9]+=[\[{\"'r(].*[\]})\"']")
 
@@ -145,9 +146,7 @@ def _figures(plan: Plan, outcome: Outcome | None, records: Sequence[Entry]) -> d
         "loaded": loaded,
         "total": loaded + len(plan.missing) + len(plan.mismatched),
         "coverage": percent(plan.coverage),
-        "verified": {"full": "every element", "sample": "a sample", "off": "nothing"}[outcome.verified]
-        if outcome
-        else None,
+        "verified": _COMPARED[outcome.verified] if outcome else None,
         "frozen": sum(entry.frozen for entry in records),
     }
 

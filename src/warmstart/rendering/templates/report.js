@@ -212,11 +212,16 @@
     drawMap();
     entryTable.reset();
     $("where").textContent = path ? `in ${path}` : "";
-    const target = tiles.find((tile) => tile.dataset.path === back) || tiles[0];
+    const target = tiles.find((tile) => `${tile.dataset.path}.`.startsWith(`${back}.`)) || tiles[0];
     if (target) focus(target);
     say(`${path || root.name}: ${words(find(path))}`);
   };
-  const up = () => { if (state.path) open(find(state.path).parent.path, state.path); };
+  const up = () => {
+    if (!state.path) return;
+    let above = find(state.path).parent;
+    while (above.parent && above.children.size === 1) above = above.parent;
+    open(above.path, state.path);
+  };
 
   const focus = (tile) => {
     for (const each of tiles) each.tabIndex = -1;
