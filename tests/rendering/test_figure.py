@@ -38,8 +38,9 @@ def test_each_module_has_its_shares(mixed_plan):
         "head": {"own init": 1},
         "other": {"out of scope": 1},
     }
-    (axes,) = report.figure().axes
-    assert axes.get_title(loc="left").endswith("into Net: 83.07 % of the elements in scope loaded")
+    picture = report.figure()
+    assert picture.get_suptitle() == "a state dict in memory into Net\n83.07 % of the elements in scope loaded"
+    (axes,) = picture.axes
     beside = [t.get_text() for t in axes.texts]
     assert beside[2:4] == ["20, frozen", "20"]
 

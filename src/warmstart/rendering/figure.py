@@ -84,9 +84,9 @@ def figure(plan: Plan, outcome: Outcome | None = None) -> Any:
     axes.spines[:].set_visible(False)
     sources = ", ".join(part.pretrained.short_label for part in plan.parts)
     title = (
-        f"{_label(sources)} into {_label(plan.model_name)}: {percent(plan.coverage)} of the elements in scope loaded"
+        f"{_label(sources)} into {_label(plan.model_name)}\n{percent(plan.coverage)} of the elements in scope loaded"
     )
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=26, parse_math=False)
+    drawn.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", parse_math=False)
     if present:
         axes.legend(
             loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(STATUSES), frameon=False, fontsize=8, borderaxespad=0.2,
