@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const PAGE = 100, DEPTH = 4, MOST_TILES = 800, MOST_CHILDREN = [160, 60, 40, 20];
+  const PAGE = 100, DEPTH = 4, MOST_TILES = 800, MOST_CHILDREN = 160, LEAST_AREA = 600;
   const TIED = data.statuses.indexOf("tied");
   const $ = (id) => document.getElementById(id);
   const say = (words) => { $("say").textContent = words; };
@@ -118,12 +118,12 @@
   };
 
   let tiles = [], budget = 0, width = 0;
-  const shown = (n, depth) => {
+  const shown = (n, box) => {
     // A head of a few thousand elements beside an encoder of millions has to be seen: no area is smaller than this.
     const least = Math.min(0.015, 0.3 / n.children.size) * (weight(n) || 1);
     const all = [...n.children.values()].map(chained).map((each) => ({ node: each, weight: Math.max(weight(each), least) }));
     all.sort((a, b) => b.weight - a.weight);
-    const most = MOST_CHILDREN[depth];
+    const most = Math.max(2, Math.min(MOST_CHILDREN, Math.floor((box.w * box.h) / LEAST_AREA)));
     if (all.length <= most) return all;
     const rest = all.splice(most - 1);
     const merged = node(`${count(rest.length)} more`, n.path, n);
@@ -159,7 +159,7 @@
       tile.classList.add("module");
       tile.append(label);
       const inside = { x: box.x + 3, y: box.y + 21, w: box.w - 7, h: box.h - 25 };
-      for (const each of squarify(shown(n, depth + 1), inside)) draw(each.item, each, depth + 1, map);
+      for (const each of squarify(shown(n, inside), inside)) draw(each.item, each, depth + 1, map);
       return;
     }
     const bands = make("span", { class: "bands", "aria-hidden": "true" });
@@ -188,7 +188,7 @@
     width = map.clientWidth;
     map.replaceChildren();
     const box = { x: 0, y: 0, w: map.clientWidth, h: map.clientHeight };
-    const items = current.children.size ? shown(current, 0) : [{ node: current, weight: 1 }];
+    const items = current.children.size ? shown(current, box) : [{ node: current, weight: 1 }];
     for (const each of squarify(items, box)) {
       budget = MOST_TILES / items.length;
       draw(each.item, each, 0, map);
