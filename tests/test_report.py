@@ -68,6 +68,18 @@ def test_metrics_are_flat_numbers_under_one_name():
     assert metrics["warmstart/own_init_tensors"] == 2
 
 
+def test_metrics_and_dict_have_the_keys_that_dashboards_and_scripts_rely_on():
+    report = warmstart.load(Net(), backbone(), allow_missing="head")
+    names = "coverage loaded_tensors own_init_tensors unused_keys frozen_tensors superseded bytes_read seconds"
+    assert list(report.metrics()) == [f"warmstart/{name}" for name in names.split()]
+    written = report.to_dict()
+    assert list(written) == ["verdict", "status", "verified", "bytes_read", "seconds", "frozen", "lineage", "plan"]
+    assert list(written["plan"]) == [
+        "model", "parts", "assignments", "missing", "unexpected", "excluded", "ignored", "mismatched", "freeze", "coverage",
+        "errors", "notes",
+    ]  # fmt: skip
+
+
 def test_the_json_is_whole_and_says_where_everything_came_from(tmp_path):
     torch.save({"model": backbone()}, tmp_path / "source.pt")
     report = warmstart.load(Net(), tmp_path / "source.pt", allow_missing="head", freeze=True)

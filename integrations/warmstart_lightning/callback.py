@@ -16,7 +16,7 @@ from typing_extensions import Unpack, override
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import WeightAveraging
-    from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
     from lightning.pytorch.utilities.model_helpers import is_overridden
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -29,7 +29,7 @@ from warmstart.freezing import Frozen, Held
 from warmstart.lifecycle import Lifecycle, OnFreezeChange
 from warmstart.mapping.plan import Verify
 from warmstart.mapping.pretrained import as_parts
-from warmstart_lightning.loggers import log_lineage, log_report
+from warmstart_lightning.loggers import log_lineage, log_report, save_report, tell
 
 
 class WarmStart(Callback):
@@ -47,7 +47,7 @@ class WarmStart(Callback):
         held: `"eval"` holds modules that are frozen as a whole in eval mode; `"train"` leaves their mode alone.
         on_freeze_change: Whether resuming a run that had frozen other entries is an `"error"`, or to be allowed.
         lock: A lock file (`Plan.to_yaml`): a run whose plan came out different is refused.
-        log: Print the report, log it to the trainer's loggers and write it to the run's folder as JSON.
+        log: Print the report, log it to the trainer's loggers and write it to the run's folder, as JSON and as a page.
         name: Tells two of these callbacks with the same `into` apart in checkpoints; Lightning asks for it with "more than
             one stateful callback".
         **fields: `Pretrained`'s fields, for a single bare source.
@@ -194,15 +194,12 @@ class WarmStart(Callback):
 
     @rank_zero_only
     def _tell(self, trainer: Trainer, report: Report, folder: str | None) -> None:
-        rank_zero_info(str(report))
+        tell(report)
         log_report(trainer.loggers, report, step=trainer.global_step)
         if folder is None or "://" in folder:  # a run folder in an object store: the loggers have the report
             return
         suffix = f"-{self._key.replace('/', '_')}" if len(_warm_starts(trainer)) > 1 else ""
-        try:
-            report.to_json(Path(folder) / f"warmstart{suffix}.json")
-        except OSError as error:
-            rank_zero_warn(f"warmstart: the report could not be written to {folder}: {error}")
+        save_report(Path(folder), f"warmstart{suffix}", report)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

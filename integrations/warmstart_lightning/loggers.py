@@ -1,15 +1,36 @@
-"""A report in whatever loggers a trainer has."""
+"""A report on the terminal, in the run's folder, and in whatever loggers a trainer has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from warmstart import Report
+from warmstart.rendering.console import coloured
+
+
+def tell(report: Report) -> None:
+    """In colour on a terminal; elsewhere through Lightning's own log, as plain text."""
+    if coloured():
+        report.show()
+    else:
+        rank_zero_info(str(report))
+
+
+def save_report(folder: Path, stem: str, report: Report) -> None:
+    """The report as JSON, and where jinja2 is installed as a page; a folder that takes no file costs a warning."""
+    try:
+        report.to_json(folder / f"{stem}.json")
+        if find_spec("jinja2") is not None:
+            report.to_html(folder / f"{stem}.html")
+    except OSError as error:
+        rank_zero_warn(f"warmstart: the report could not be written to {folder}: {error}")
 
 
 def log_lineage(loggers: Sequence[Logger], report: Report) -> None:
@@ -28,36 +49,37 @@ def log_lineage(loggers: Sequence[Logger], report: Report) -> None:
 
 
 def log_report(loggers: Sequence[Logger], report: Report, step: int) -> None:
-    """Scalars to every logger, the table as text to those that take text."""
+    """Scalars to every logger, the table and, with matplotlib installed, the picture to those that take text and images."""
+    writers = (_TEXT, _FIGURE) if find_spec("matplotlib") is not None else (_TEXT,)
     for logger in _real(loggers):
         _attempt(logger, logger.log_metrics, report.metrics(), step)
-        write_text = _TEXT.get(type(logger).__name__)
-        if write_text is not None:
-            _attempt(logger, write_text, logger, report.to_markdown(), step)
+        for by_name in writers:
+            if (write := by_name.get(type(logger).__name__)) is not None:
+                _attempt(logger, write, logger, report, step)
 
 
-def _tensorboard(logger: Any, text: str, step: int) -> None:
-    logger.experiment.add_text("warmstart/report", text, step)
-
-
-def _mlflow(logger: Any, text: str, step: int) -> None:
-    logger.experiment.log_text(logger.run_id, text, "warmstart/report.md")
-
-
-def _wandb(logger: Any, text: str, step: int) -> None:
-    logger.log_text(key="warmstart/report", columns=["report"], data=[[text]])
-
-
-def _comet(logger: Any, text: str, step: int) -> None:
-    logger.experiment.log_text(text, step=step)
-
+_Writer = Callable[[Any, Report, int], object]
 
 # By class name, so that no tracker is imported to ask whether it is in use.
-_TEXT: dict[str, Callable[[Any, str, int], None]] = {
-    "TensorBoardLogger": _tensorboard,
-    "MLFlowLogger": _mlflow,
-    "WandbLogger": _wandb,
-    "CometLogger": _comet,
+_TEXT: dict[str, _Writer] = {
+    "TensorBoardLogger": lambda to, report, step: to.experiment.add_text(
+        "warmstart/report", report.to_markdown(), step
+    ),
+    "MLFlowLogger": lambda to, report, step: to.experiment.log_text(
+        to.run_id, report.to_markdown(), "warmstart/report.md"
+    ),
+    "WandbLogger": lambda to, report, step: to.log_text(
+        key="warmstart/report", columns=["report"], data=[[report.to_markdown()]]
+    ),
+    "CometLogger": lambda to, report, step: to.experiment.log_text(report.to_markdown(), step=step),
+}
+_FIGURE: dict[str, _Writer] = {
+    "TensorBoardLogger": lambda to, report, step: to.experiment.add_figure("warmstart/coverage", report.figure(), step),
+    "MLFlowLogger": lambda to, report, step: to.experiment.log_figure(
+        to.run_id, report.figure(), "warmstart/coverage.png"
+    ),
+    "WandbLogger": lambda to, report, step: to.log_image(key="warmstart/coverage", images=[report.figure()]),
+    "CometLogger": lambda to, report, step: to.experiment.log_figure("warmstart/coverage", report.figure(), step=step),
 }
 
 

@@ -20,6 +20,7 @@ from warmstart.mapping.planning import make_plan
 from warmstart.mapping.pretrained import Pretrained, PretrainedFields, Source, as_parts
 from warmstart.mapping.targets import Targets
 from warmstart.patterns import Patterns
+from warmstart.rendering.page import write_page
 from warmstart.report import Report
 from warmstart.version import __version__
 
@@ -94,7 +95,7 @@ def plan(
         )
         for p in parts
     ]
-    made = make_plan(model, opened, apply)
+    made = make_plan(model, opened, apply, write_page)
     if lock is not None and (changed := compare(made, lock)):
         made = dataclasses.replace(made, errors=(*made.errors, *changed))
     return made

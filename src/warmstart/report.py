@@ -14,7 +14,11 @@ from warmstart.loading.verifying import Difference, differences, raise_differenc
 from warmstart.mapping.buckets import Assignment, Mismatch
 from warmstart.mapping.plan import Verify
 from warmstart.outcome import Outcome
+from warmstart.rendering import console
 from warmstart.rendering import text as rendering
+from warmstart.rendering.figure import figure
+from warmstart.rendering.files import write_whole
+from warmstart.rendering.page import write_page
 
 
 class Report(Outcome):
@@ -103,12 +107,27 @@ class Report(Outcome):
 
     def to_json(self, path: str | os.PathLike[str]) -> Path:
         """Write `to_dict()` to a file, whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(target)
-        return target
+        return write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one page that needs no network: verdict, map of the model, tables, rules and lineage.
+
+        Raises:
+            ModuleNotFoundError: jinja2 is not installed.
+        """
+        return write_page(path, self.plan, self)
+
+    def figure(self) -> Any:
+        """Coverage per module as one picture, a `matplotlib.figure.Figure`, for trackers that show images.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        return figure(self.plan, self)
+
+    def show(self) -> None:
+        """Print the report: in colour where rich is installed and standard output is a terminal, else as plain text."""
+        console.show(self)
 
     def to_markdown(self) -> str:
         """Verdict, grouped table and notes, for trackers that show Markdown."""

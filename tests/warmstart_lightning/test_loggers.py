@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 
 import pytest
 import torch
@@ -61,11 +63,16 @@ def test_tensorboard_has_scalars_text_and_hyperparameters(tmp_path):
 
     logger = TensorBoardLogger(tmp_path, name="tb")
     fit(tmp_path, logger)
-    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0}).Reload()
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "images": 0}).Reload()
     assert events.Scalars("warmstart/coverage")[0].value == 1
     assert events.Scalars("warmstart/frozen_tensors")[0].value == 2
     text = events.Tensors("warmstart/report/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "`encoder.weight`" in text
+    picture = events.Images("warmstart/coverage")[0]
+    assert picture.encoded_image_string.startswith(b"\x89PNG")
+    assert (picture.width, picture.height) > (600, 100)
+    page = (tmp_path / "tb" / "version_0" / "warmstart.html").read_text()
+    assert "a state dict in memory into Module" in page
     assert "a state dict in memory" in (tmp_path / "tb" / "version_0" / "hparams.yaml").read_text()
 
 
@@ -94,6 +101,55 @@ def test_mlflow_with_a_real_store(tmp_path, monkeypatch):
     assert any("plan_sha256" in name for name in run.data.params)
     (report,) = tmp_path.glob("mlruns/**/report.md")
     assert "encoder.weight" in report.read_text()
+    (picture,) = tmp_path.glob("mlruns/**/coverage.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["WandbLogger", "CometLogger"])
+def test_trackers_that_are_not_installed_here_get_the_picture_by_their_own_methods(tmp_path, name):
+    """Only their names are known: `log_image` is Lightning's own method, `log_figure` Comet's."""
+    got: dict[str, object] = {}
+
+    class Tracker(OwnLogger):
+        @property
+        def experiment(self):
+            return self
+
+        def log_text(self, *args, **kwargs):
+            pass
+
+        def log_image(self, key, images):
+            got[key] = images[0]
+
+        def log_figure(self, figure_name, figure, step):
+            got[figure_name] = figure
+
+    Tracker.__name__ = name
+    fit(tmp_path, Tracker())
+    assert type(got["warmstart/coverage"]).__name__ == "Figure"
+
+
+def test_without_jinja2_and_matplotlib_the_run_is_the_same_without_page_and_picture(tmp_path, monkeypatch):
+    from warmstart_lightning import loggers
+
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    fit(tmp_path, TensorBoardLogger(tmp_path, name="tb"))
+    assert (tmp_path / "tb" / "version_0" / "warmstart.json").exists()
+    assert not (tmp_path / "tb" / "version_0" / "warmstart.html").exists()
+
+
+def test_on_a_terminal_the_report_is_in_colour(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    fit(tmp_path, False)
+    assert "\x1b[1;32mwarmstart: 2/2 tensors" in terminal.getvalue()
 
 
 def test_without_a_logger_the_report_is_a_file_in_the_root_dir(tmp_path):
@@ -105,7 +161,7 @@ def test_log_false_writes_nothing(tmp_path):
     own = OwnLogger()
     fit(tmp_path, own, log=False)
     assert own.metrics == {}
-    assert not (tmp_path / "warmstart.json").exists()
+    assert not list(tmp_path.glob("warmstart*"))
 
 
 def test_a_logger_that_fails_costs_its_entry_and_not_the_run(tmp_path):

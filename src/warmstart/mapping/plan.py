@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Literal
 
 from torch import Tensor
@@ -32,9 +34,11 @@ class Plan(Buckets, Generic[R]):
 
     Attributes:
         applier: What `apply` calls. This floor only decides; the floors above it write, and say what a report is (`R`).
+        renderer: What `to_html` calls, for the same reason.
     """
 
     applier: Callable[..., R]
+    renderer: Callable[[str | os.PathLike[str], Plan[R]], Path]
 
     @property
     def mapping(self) -> dict[str, tuple[str, ...]]:
@@ -168,6 +172,14 @@ class Plan(Buckets, Generic[R]):
     def to_yaml(self) -> str:
         """The decisions as a lock file: `load(..., lock=path)` refuses a run whose plan came out different."""
         return to_yaml(self)
+
+    def to_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan, errors and their fixes included, as one page that needs no network.
+
+        Raises:
+            ModuleNotFoundError: jinja2 is not installed.
+        """
+        return self.renderer(path, self)
 
     def digest(self) -> str:
         """A SHA-256 of the decisions: equal for equal mappings, whatever the paths and the order of keys."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch import nn
 
@@ -26,6 +28,7 @@ def make_plan(
     model: nn.Module,
     sources: Sequence[tuple[Pretrained, Checkpoint]],
     applier: Callable[..., R],
+    renderer: Callable[[str | os.PathLike[str], Plan[R]], Path],
 ) -> Plan[R]:
     """Plan each source alone and join the results.
 
@@ -33,6 +36,7 @@ def make_plan(
         model: The model to load into; it is not touched.
         sources: Each source's rules and its opened checkpoint.
         applier: What `Plan.apply` calls; the floors above this one write, this one only decides.
+        renderer: What `Plan.to_html` calls.
 
     Raises:
         MappingError: The model is not ready to be planned for (lazy or meta entries).
@@ -40,7 +44,7 @@ def make_plan(
     with _without_collector():
         targets = Targets.of(model)
         parts = [plan_part(i, p, c, targets, len(sources)) for i, (p, c) in enumerate(sources)]
-        return _joined(parts, targets, model, applier)
+        return _joined(parts, targets, model, applier, renderer)
 
 
 @contextmanager
@@ -55,7 +59,13 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _joined(parts: list[PartPlan], targets: Targets, model: nn.Module, applier: Callable[..., R]) -> Plan[R]:
+def _joined(
+    parts: list[PartPlan],
+    targets: Targets,
+    model: nn.Module,
+    applier: Callable[..., R],
+    renderer: Callable[[str | os.PathLike[str], Plan[R]], Path],
+) -> Plan[R]:
     errors = [problem for part in parts for problem in part.errors]
     notes = [note for part in parts for note in part.notes]
     first: dict[str, int] = {}  # canonical entry -> the part that gives it its value
@@ -135,6 +145,7 @@ def _joined(parts: list[PartPlan], targets: Targets, model: nn.Module, applier: 
         model=model,
         targets=targets,
         applier=applier,
+        renderer=renderer,
     )
 
 

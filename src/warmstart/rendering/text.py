@@ -11,7 +11,7 @@ def verdict(outcome: Outcome) -> str:
     """One line: how much was loaded, whether it was verified, and what keeps its own initialisation."""
     plan = outcome.plan
     loaded, total = len(plan.assignments), len(plan.assignments) + len(plan.missing) + len(plan.mismatched)
-    parts = [f"{loaded}/{total} tensors", f"{_percent(plan.coverage)} of elements"]
+    parts = [f"{loaded}/{total} tensors", f"{percent(plan.coverage)} of elements"]
     if outcome.status == "superseded-by-resume":
         parts.append("superseded by the resumed checkpoint")
     elif outcome.status == "failed":
@@ -54,7 +54,7 @@ def markdown(outcome: Outcome, limit: int = 200) -> str:
     return "\n".join([*out, "", *(f"- {_cell(note)}" for note in outcome.notes)])
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     # Never rounded up to 100 %.
     return "100 %" if share == 1 else f"{min(int(share * 10000) / 100, 99.99):.2f} %"
 
