@@ -40,11 +40,13 @@ class Side:
     templates: Sequence[Template]
     lexicon: Lexicon
     paths: set[Path] = field(default_factory=set)
+    segments: set[str] = field(default_factory=set)
     tails: dict[Template, list[Bag]] = field(default_factory=dict)
     families: dict[tuple[Path, str], set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def __post_init__(self) -> None:
         for template in self.templates:
+            self.segments.update(template.path)
             for depth, segment in enumerate(template.path):
                 stem, number = numbered(segment)
                 if number is not None:
@@ -85,7 +87,11 @@ def candidates(keys: Side, entries: Side) -> dict[Template, list[Candidate]]:
             if len(there) > _CROWD or not words:
                 continue
             for entry, other in there:
-                if entry not in best and _overlap(key, entry) and _numbers_agree(keys, key, start, entries, entry, other):
+                if entry in best or not _overlap(key, entry):
+                    continue
+                if _numbers_agree(keys, key, start, entries, entry, other) and _order_agrees(
+                    keys, key.path[start:], entries, entry.path[other:]
+                ):
                     place = key.path[:start], entry.path[:other]
                     rank = _rank(key.path[start:], entry.path[other:], keys.lexicon)
                     best[entry] = Candidate(key, entry, place, words, rank)
@@ -100,6 +106,16 @@ def _overlap(key: Template, entry: Template) -> bool:
     if depth != len(next(iter(b))):
         return False
     return depth == 0 or 2 * len(a.keys() & b.keys()) >= min(len(a), len(b)) or len(a) == len(b)
+
+
+def _order_agrees(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
+    """Whether words in another order are the same name: `image_to_token` is not `token_to_image` if one side has both."""
+    a, b = ([w for s in path for w in keys.lexicon.content(s)] for path in (key, entry))
+    if a == b:
+        return True
+    return not any(s in entries.segments for s in key if s not in entry and len(keys.lexicon.content(s)) > 1) and not any(
+        s in keys.segments for s in entry if s not in key and len(keys.lexicon.content(s)) > 1
+    )
 
 
 def _numbers_agree(keys: Side, key: Template, start: int, entries: Side, entry: Template, other: int) -> bool:
@@ -207,25 +223,38 @@ def _mutual(
 def _together(chosen: dict[Template, Candidate], keys: Side, entries: Side) -> dict[Template, Candidate]:
     """Siblings go together: a pair is dropped where most tensors around it, on either side, went to another place."""
     images: tuple[dict[Path, Counter[Path]], ...] = (defaultdict(Counter), defaultdict(Counter))
+    voters: tuple[Counter[Path], ...] = (Counter(), Counter())
     for option in chosen.values():
-        for side, (a, b) in enumerate(((option.key.path, option.entry.path), (option.entry.path, option.key.path))):
-            for depth in range(1, len(a)):
-                images[side][a[:depth]][_image(a, b, depth)] += 1
+        for a, b in corresponding(option.key, option.entry, keys, entries):
+            images[0][a][b] += 1
+            images[1][b][a] += 1
+        for side, path in enumerate((option.key.path, option.entry.path)):
+            voters[side].update(path[:depth] for depth in range(1, len(path)))
     kept = {}
     for key, option in chosen.items():
         a, b = option.key.path, option.entry.path
-        p, q = map(len, option.place)
-        above = 0 if all(replaced(option.place, keys.lexicon)) else 1
-        around = [(0, a, b, p + up) for up in range(above, 2)] + [(1, b, a, q + up) for up in range(above, 2)]
-        if all(_usual(images[side][x[:depth]], _image(x, y, depth)) for side, x, y, depth in around if 0 < depth < len(x)):
+        if all(
+            _goes_along(x, y, images[side], voters[side])
+            for side, x, y in ((0, a, b), (1, b, a))
+        ):
             kept[key] = option
     return kept
 
 
-def _image(path: Path, other: Path, depth: int) -> Path:
-    """The node of the other path that is as far from its end as the node at `depth` is from the end of this one."""
-    return other[: max(0, len(other) - (len(path) - depth))]
+def corresponding(key: Template, entry: Template, keys: Side, entries: Side) -> Iterator[Place]:
+    """The nodes above two templates below which their names have the same words."""
+    there: dict[Bag, list[int]] = defaultdict(list)
+    for depth, words in enumerate(entries.tails[entry]):
+        there[words].append(depth)
+    for depth, words in enumerate(keys.tails[key]):
+        for other in there.get(words, ()):
+            yield key.path[:depth], entry.path[:other]
 
 
-def _usual(images: Counter[Path], image: Path) -> bool:
-    return 2 * images[image] >= sum(images.values())
+def _goes_along(path: Path, other: Path, images: dict[Path, Counter[Path]], voters: Counter[Path]) -> bool:
+    for depth in range(1, len(path)):
+        node = path[:depth]
+        usual = [image for image, count in images[node].items() if 2 * count > voters[node]]
+        if usual and voters[node] > 1 and all(other[: len(image)] != image for image in usual):
+            return False
+    return True
