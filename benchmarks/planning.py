@@ -51,7 +51,9 @@ def model(keys: int) -> nn.Module:
 
 def cases(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]]:
     renamed = {n.replace("attention", "attn").replace("query", "q_proj"): s for n, s in shapes.items()}
-    experts = {f"{n.removesuffix('.weight')}.{i}.w": (2, 4) for n, s in shapes.items() if "out.weight" in n for i in (0, 1)}
+    experts = {
+        f"{n.removesuffix('.weight')}.{i}.w": (2, 4) for n, s in shapes.items() if "out.weight" in n for i in (0, 1)
+    }
     stacked = {n: s for n, s in shapes.items() if "out.weight" not in n} | experts
     convert = [Conversion("{p...}.out.{e}.w", "{p...}.out.weight", [Stack("e", 0), {"reshape": {"shape": [4, 4]}}])]
     return {

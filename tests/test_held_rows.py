@@ -87,7 +87,7 @@ def test_released_rows_train():
 
 
 def test_other_parameters_of_the_optimizer_are_not_touched_and_other_optimizers_neither():
-    _, model, _ = loaded()
+    _, _model, _ = loaded()
     other = nn.Linear(2, 2)
     before = other.weight.detach().clone()
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
@@ -100,7 +100,8 @@ def test_freeze_true_leaves_a_partly_loaded_entry_trainable_with_a_note():
     source, model = Tied(3), Tied(5)
     state = {k: v for k, v in source.state_dict().items() if k != "head.weight"}
     report = warmstart.load(model, state, adapt={"embed": MapRows(OLD, NEW)}, freeze=True)
-    assert model.embed.weight.requires_grad and model.head.bias.requires_grad
+    assert model.embed.weight.requires_grad
+    assert model.head.bias.requires_grad
     assert any("stays trainable" in note for note in report.notes)
     assert 0.59 < report.coverage < 0.61
 

@@ -36,7 +36,9 @@ def test_x_13_a_meta_model_is_materialised_with_the_file_s_values():
     warmstart.load(model, source)
     assert left_on_meta(model) == []
     assert all(torch.equal(model.state_dict()[name], value) for name, value in source.items())
-    assert all(a is b for a, b in zip(held, model.parameters(), strict=True))  # the objects are kept: no optimizer is orphaned
+    assert all(
+        a is b for a, b in zip(held, model.parameters(), strict=True)
+    )  # the objects are kept: no optimizer is orphaned
     assert all(type(p) is nn.Parameter and p.requires_grad for p in model.parameters())
 
 
@@ -152,9 +154,12 @@ def test_an_owner_s_real_tensors_are_left_alone():
     model = Net()
     model.body.bias = nn.Parameter(torch.full((4,), 5.0))
     model.body.weight = nn.Parameter(torch.empty(4, 4, device="meta"))
-    report = warmstart.load(model, {"norm.weight": torch.ones(4)}, include=["norm.weight", "body.weight"], allow_missing="body")
+    report = warmstart.load(
+        model, {"norm.weight": torch.ones(4)}, include=["norm.weight", "body.weight"], allow_missing="body"
+    )
     assert torch.equal(model.body.bias, torch.full((4,), 5.0))
-    assert not model.body.weight.is_meta and model.body.weight.abs().max() <= 0.5
+    assert not model.body.weight.is_meta
+    assert model.body.weight.abs().max() <= 0.5
     assert report.missing == ("body.weight",)
 
 
@@ -162,7 +167,12 @@ def test_a_transformers_model_on_meta_computes_the_same():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=32
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=32,
     )
     source = LlamaForCausalLM(config).eval()
     with torch.device("meta"):
@@ -180,7 +190,8 @@ def test_a_lazy_model_takes_the_file_s_shapes():
     report = warmstart.load(model, source.state_dict())
     x = torch.randn(3, 6)
     assert torch.equal(model(x), source(x))
-    assert type(model[0]) is nn.Linear and report.coverage == 1
+    assert type(model[0]) is nn.Linear
+    assert report.coverage == 1
 
 
 def test_a_lazy_model_that_the_file_does_not_fill_stays_lazy():

@@ -57,14 +57,20 @@ def test_a_split_takes_its_sizes_from_the_entries_under_a_prefix_that_is_inferre
 def test_targets_of_a_conversion_are_relative_to_into():
     model = nn.ModuleDict({"encoder": stack(1), "head": nn.Linear(2, 2)})
     fused = {"layers.0.qkv.weight": torch.randn(8, 3)}
-    convert = {"sources": "layers.{i}.qkv.weight", "targets": [f"layers.{{i}}.{x}.weight" for x in "qkv"], "ops": [{"split": {"dim": 0}}]}
+    convert = {
+        "sources": "layers.{i}.qkv.weight",
+        "targets": [f"layers.{{i}}.{x}.weight" for x in "qkv"],
+        "ops": [{"split": {"dim": 0}}],
+    }
     report = warmstart.load(model, fused, into="encoder", convert=[convert])
     assert torch.equal(model["encoder"].layers[0].q.weight, fused["layers.0.qkv.weight"][:4])
     assert report.excluded == ("head.bias", "head.weight")
 
 
 def test_a_student_takes_every_second_layer_of_its_teacher():
-    teacher = {f"layers.{i}.{x}.weight": torch.full((4 if x == "q" else 2, 3), float(i)) for i in range(6) for x in "qkv"}
+    teacher = {
+        f"layers.{i}.{x}.weight": torch.full((4 if x == "q" else 2, 3), float(i)) for i in range(6) for x in "qkv"
+    }
     model = stack(3)
     convert = [Conversion("layers.{2*i}.{r...}", "layers.{i}.{r...}")]
     plan = warmstart.plan(model, teacher, convert=convert)
@@ -78,8 +84,11 @@ def test_a_student_takes_every_second_layer_of_its_teacher():
 def test_a_copy_goes_to_several_targets():
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     source = nn.Linear(2, 2).state_dict()
-    report = warmstart.load(model, {f"enc.{k}": v for k, v in source.items()}, convert=[Conversion("enc.{x}", ["a.{x}", "b.{x}"])])
-    assert torch.equal(model["a"].weight, source["weight"]) and torch.equal(model["b"].weight, source["weight"])
+    report = warmstart.load(
+        model, {f"enc.{k}": v for k, v in source.items()}, convert=[Conversion("enc.{x}", ["a.{x}", "b.{x}"])]
+    )
+    assert torch.equal(model["a"].weight, source["weight"])
+    assert torch.equal(model["b"].weight, source["weight"])
     assert model["a"].weight is not model["b"].weight
     assert report.coverage == 1
 
@@ -99,7 +108,11 @@ def test_what_a_conversion_makes_may_be_adapted_cast_and_mismatched():
 
 
 def test_an_incomplete_instance_is_one_error_that_names_what_lacks():
-    state = {"layers.0.q.weight": torch.randn(4, 3), "layers.0.k.weight": torch.randn(2, 3), "layers.1.q.weight": torch.randn(4, 3)}
+    state = {
+        "layers.0.q.weight": torch.randn(4, 3),
+        "layers.0.k.weight": torch.randn(2, 3),
+        "layers.1.q.weight": torch.randn(4, 3),
+    }
     model = nn.Module()
     model.layers = nn.ModuleList(nn.Linear(3, 6, bias=False) for _ in range(2))
     convert = [Conversion(["layers.{i}.q.weight", "layers.{i}.k.weight"], "layers.{i}.weight", [Concat(0)])]
@@ -121,7 +134,8 @@ def test_an_output_that_fits_nothing_is_an_error_although_its_key_is_used(finger
 def test_a_conversion_that_hits_nothing_is_an_error_unless_it_is_optional():
     model, source = nn.Linear(2, 2), nn.Linear(2, 2).state_dict()
     plan = warmstart.plan(model, source, convert=[Conversion("wieght", "weight")])
-    assert kinds(plan) == ["unused"] and "'weight'" in str(plan.errors[0])
+    assert kinds(plan) == ["unused"]
+    assert "'weight'" in str(plan.errors[0])
     assert not warmstart.plan(model, source, convert=[Conversion("?wieght", "weight")]).errors
 
 
@@ -164,15 +178,19 @@ def test_rules_that_cannot_be_meant_are_refused_when_they_are_written(fields, wo
 
 def test_an_adapter_that_is_not_named_is_never_applied():
     plan = warmstart.plan(nn.Embedding(5, 2), {"weight": torch.zeros(3, 2)})
-    assert "mismatched" in kinds(plan) and not plan.assignments
+    assert "mismatched" in kinds(plan)
+    assert not plan.assignments
 
 
 def test_an_adapter_that_does_not_fit_names_the_entry_and_both_shapes():
     model = nn.Conv2d(1, 2, 3, bias=False)
     plan = warmstart.plan(model, {"weight": torch.zeros(4, 3, 3, 3)}, adapt={"weight": AdaptInChannels()})
-    assert "adapter" in kinds(plan) and "mismatched" not in kinds(plan)
+    assert "adapter" in kinds(plan)
+    assert "mismatched" not in kinds(plan)
     problem = next(p for p in plan.errors if p.kind == "adapter")
-    assert "'weight'" in str(problem) and "(4, 3, 3, 3)" in str(problem) and "(2, 1, 3, 3)" in str(problem)
+    assert "'weight'" in str(problem)
+    assert "(4, 3, 3, 3)" in str(problem)
+    assert "(2, 1, 3, 3)" in str(problem)
 
 
 def test_two_patterns_with_different_adapters_for_one_entry_are_an_error():
@@ -184,7 +202,8 @@ def test_two_patterns_with_different_adapters_for_one_entry_are_an_error():
 
 def test_a_pattern_of_adapt_without_a_hit_is_an_error():
     plan = warmstart.plan(nn.Linear(2, 2), nn.Linear(2, 2), adapt={"wieght": SliceOrPad()})
-    assert kinds(plan) == ["unused"] and "'weight'" in str(plan.errors[0])
+    assert kinds(plan) == ["unused"]
+    assert "'weight'" in str(plan.errors[0])
 
 
 def test_rows_may_be_permuted_at_equal_shape():
@@ -196,7 +215,9 @@ def test_rows_may_be_permuted_at_equal_shape():
 def test_kept_rows_survive_the_check_when_training_starts():
     model, rows = nn.Embedding(4, 2), torch.randn(2, 2)
     own = model.weight.detach().clone()
-    report = warmstart.load(model, {"weight": rows}, adapt={"weight": MapRows(["a", "b"], ["x", "b", "a", "y"], new_rows="keep")})
+    report = warmstart.load(
+        model, {"weight": rows}, adapt={"weight": MapRows(["a", "b"], ["x", "b", "a", "y"], new_rows="keep")}
+    )
     assert torch.equal(model.weight, torch.stack([own[0], rows[1], rows[0], own[3]]))
     report.check(model)
     with torch.no_grad():
@@ -224,7 +245,8 @@ def test_fill_gives_a_constant_and_says_so():
     state = {k: v for k, v in nn.LSTM(2, 3).state_dict().items() if k != "bias_hh_l0"}
     report = warmstart.load(model, state, fill={"bias_hh_l0": 0})
     assert torch.equal(model.bias_hh_l0, torch.zeros(12))
-    assert report.mapping["bias_hh_l0"] == () and report.coverage == 1
+    assert report.mapping["bias_hh_l0"] == ()
+    assert report.coverage == 1
     assert "constant 0" in str(report)
     report.check(model)
 
@@ -240,7 +262,12 @@ def test_fill_and_a_key_for_one_entry_are_an_error_also_through_a_tie():
 
 @pytest.mark.parametrize(
     ("fill", "kind"),
-    [({"nothing": 0}, "unused"), ({"head": 0}, "fill"), ({"body.bias": 0, "body": 1}, "fill"), ({"count": 0.5}, "fill")],
+    [
+        ({"nothing": 0}, "unused"),
+        ({"head": 0}, "fill"),
+        ({"body.bias": 0, "body": 1}, "fill"),
+        ({"count": 0.5}, "fill"),
+    ],
 )
 def test_a_fill_that_cannot_be_meant_is_an_error(fill, kind):
     model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
@@ -261,10 +288,16 @@ def test_ones_and_filled_entries_are_frozen_with_what_was_loaded():
 
 def test_suffixes_are_opt_in_and_ties_name_their_rivals():
     model = nn.ModuleDict({"block1": nn.ModuleDict({"layer1": nn.Linear(2, 3)}), "layer2": nn.Linear(3, 2)})
-    state = {"layer1.weight": torch.ones(3, 2), "layer1.bias": torch.ones(3), "y.layer2.weight": torch.ones(2, 3), "y.layer2.bias": torch.ones(2)}
+    state = {
+        "layer1.weight": torch.ones(3, 2),
+        "layer1.bias": torch.ones(3),
+        "y.layer2.weight": torch.ones(2, 3),
+        "y.layer2.bias": torch.ones(2),
+    }
     assert warmstart.plan(model, state).errors
     report = warmstart.load(model, state, match="suffix")
-    assert report.mapping["block1.layer1.weight"] == ("layer1.weight",) and (model["layer2"].bias == 1).all()
+    assert report.mapping["block1.layer1.weight"] == ("layer1.weight",)
+    assert (model["layer2"].bias == 1).all()
     two = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     plan = warmstart.plan(two, {"weight": torch.ones(2, 2), "bias": torch.ones(2)}, match="suffix", allow_missing="*")
     assert "ambiguous" in kinds(plan)
@@ -278,4 +311,5 @@ def test_field_note_47_a_filled_entry_of_one_source_and_a_key_of_another_overlap
     model = nn.Linear(2, 2)
     parts = [Pretrained({"weight": torch.ones(2, 2)}, fill={"bias": 0}), Pretrained({"bias": torch.ones(2)})]
     plan = warmstart.plan(model, parts)
-    assert kinds(plan) == ["overlap"] and "a constant" in str(plan.errors[0])
+    assert kinds(plan) == ["overlap"]
+    assert "a constant" in str(plan.errors[0])

@@ -20,7 +20,12 @@ def encoder(layers: int = 12) -> nn.Module:
 
 
 def state(layers: int = 12) -> dict[str, torch.Tensor]:
-    names = [f"{part}.layer.{i}.{leaf}" for i in range(layers) for leaf in ("weight", "bias") for part in ("student", "teacher")]
+    names = [
+        f"{part}.layer.{i}.{leaf}"
+        for i in range(layers)
+        for leaf in ("weight", "bias")
+        for part in ("student", "teacher")
+    ]
     return {name: torch.randn(2, 2) if name.endswith("weight") else torch.randn(2) for name in names}
 
 
@@ -74,8 +79,11 @@ def test_freeze_shape_and_fill_are_decisions_too(tmp_path):
     path.write_text(warmstart.plan(model, source, freeze="weight").to_yaml())
     assert not warmstart.plan(model, source, freeze="weight", lock=path).errors
     assert [p.kind for p in warmstart.plan(model, source, lock=path).errors] == ["lock"]
-    (problem,) = warmstart.plan(model, {"weight": source["weight"]}, fill={"bias": 1}, freeze="weight", lock=path).errors
-    assert "bias  mapping: was same name, (2,), is" in str(problem) and "fill 1.0" in str(problem)
+    (problem,) = warmstart.plan(
+        model, {"weight": source["weight"]}, fill={"bias": 1}, freeze="weight", lock=path
+    ).errors
+    assert "bias  mapping: was same name, (2,), is" in str(problem)
+    assert "fill 1.0" in str(problem)
 
 
 def test_a_lock_that_is_not_there_says_how_to_write_it(tmp_path):

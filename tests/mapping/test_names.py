@@ -11,10 +11,12 @@ from torch.optim.swa_utils import AveragedModel
 from warmstart.mapping.names import (
     WRAPPER_SEGMENTS,
     Prefix,
+    fits,
     infer_prefix,
     join,
     matches,
     strip,
+    suffixes,
     without_wrappers,
     wrapped_child,
 )
@@ -105,6 +107,9 @@ def shaped(*names: str, shape: tuple[int, ...] = (2,)) -> dict[str, tuple[int, .
         (shaped("x.a", "y.a", "y.b"), shaped("a", "b"), [("y", "", 2)]),
         (shaped("x.a", "y.b", "y.c") | shaped("x.b", "x.c", shape=(9,)), shaped("a", "b", "c"), [("y", "", 2)]),
         (shaped("q.r"), shaped("a"), []),
+        ({"foo.a": None, "foo.b": (2,)}, {"a": (7, 7), "b": (2,)}, [("foo", "", 2)]),  # None has its entry's shape
+        ({"a": None}, {"a": (7,), "m.a": (2,)}, []),
+        ({"a": None}, {"m.a": (7,), "n.a": (2,)}, [("", "m", 1), ("", "n", 1)]),
         (shaped("a"), {}, []),
         ({}, shaped("a"), []),
     ],
@@ -154,3 +159,42 @@ def test_a_prefix_says_what_it_does():
 
 def test_matches_counts_names_with_their_shapes():
     assert matches({"a": (1,), "b": (2,), "c": (3,)}, {"a": (1,), "b": (9,)}) == 1
+    assert (
+        matches({"a": None, "b": None, "c": (3,)}, {"a": (1,), "c": (9,)}) == 1
+    )  # where there is no entry, None fits none
+
+
+@pytest.mark.parametrize(
+    ("key", "entry", "expected"),
+    [
+        ((2,), (2,), True),
+        ((2,), (3,), False),
+        (None, (2,), True),
+        (None, (), True),
+        (None, None, False),
+        ((), None, False),
+    ],
+)
+def test_a_shape_that_is_not_known_yet_fits_any_entry_but_none(key, entry, expected):
+    assert fits(key, entry) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "expected"),
+    [
+        ("a.b.c", 9, ["a.b.c", "b.c", "c"]),
+        ("a.b.c", 3, ["a.b.c", "b.c", "c"]),
+        ("a.b.c", 2, ["b.c", "c"]),
+        ("a.b.c", 1, ["c"]),
+        ("a", 1, ["a"]),
+        ("a..b", 9, ["a..b", ".b", "b"]),
+        ("", 1, [""]),
+    ],
+)
+def test_suffixes_are_whole_segments_the_longest_first(name, depth, expected):
+    assert list(suffixes(name, depth)) == expected
+
+
+def test_a_key_of_very_many_segments_costs_no_more_than_the_model_s_names():
+    huge = ".".join(["s"] * 300_000)  # its own suffixes would be 90 GB of text
+    assert infer_prefix(shaped(f"{huge}.a", f"{huge}.b"), shaped("x.a", "x.b")) == [Prefix(huge, "x", 2)]

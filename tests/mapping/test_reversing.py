@@ -46,7 +46,7 @@ def test_a_fused_projection_comes_back_bit_for_bit_under_its_old_names(tmp_path)
     model = nn.ModuleDict({"layer": Attention()})
     save_file(fused_state := fused(), tmp_path / "old.safetensors")
     plan = warmstart.plan(
-        model, tmp_path / "old.safetensors", rename={"model.attn": "layer", "proj": "out"} , convert=QKV
+        model, tmp_path / "old.safetensors", rename={"model.attn": "layer", "proj": "out"}, convert=QKV
     )
     plan.apply()
     assert torch.equal(model["layer"].k.weight, fused_state["model.attn.qkv.weight"][4:6])
@@ -109,7 +109,9 @@ def test_steps_without_an_inverse_are_named():
     with pytest.raises(MappingError) as caught:
         warmstart.plan(model, state, adapt=adapt).reverse()
     text = str(caught.value)
-    assert "AdaptInChannels" in text and "MapRows" in text and "narrowing float32 to bfloat16" in text
+    assert "AdaptInChannels" in text
+    assert "MapRows" in text
+    assert "narrowing float32 to bfloat16" in text
 
 
 def test_an_output_that_went_nowhere_cannot_be_reversed():

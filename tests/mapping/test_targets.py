@@ -103,7 +103,7 @@ def test_field_note_2_real_children_called_as_wrappers_do_are_real():
 def test_what_a_wrapper_holds_itself_is_no_entry():
     targets = Targets.of(nn.ModuleDict({"teacher": AveragedModel(nn.Linear(2, 2))}))
     assert sorted(targets.entries) == ["teacher.module.bias", "teacher.module.weight"]
-    assert targets.wrapper_own == {"teacher.n_averaged"}
+    assert targets.wrapper_own == {"teacher.n_averaged": "teacher.n_averaged"}
 
 
 def tied() -> nn.Module:
@@ -179,4 +179,5 @@ def test_two_entries_of_one_name_without_wrappers_are_an_error_that_names_both()
 def test_lazy_entries_have_no_shape_yet():
     targets = Targets.of(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)))
     assert [name for name, t in targets.entries.items() if t.lazy] == ["1.weight", "1.bias"]
-    assert targets.entries["1.weight"].shape == () and targets.entries["1.weight"].numel == 0
+    assert targets.entries["1.weight"].shape == ()
+    assert targets.entries["1.weight"].numel == 0

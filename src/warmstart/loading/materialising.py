@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin, is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from warmstart.mapping.grouping import listed
 from warmstart.mapping.names import join, strip
@@ -44,18 +44,20 @@ def materialise(plan: Plan) -> list[str]:
     """
     with torch.no_grad():
         for assignment in plan.assignments:
-            if (tensor := plan.targets.entries[assignment.target].tensor) is not None and is_lazy(tensor):
-                assert isinstance(tensor, UninitializedTensorMixin)
+            tensor = plan.targets.entries[assignment.target].tensor
+            if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
                 tensor.materialize(assignment.shape, dtype=assignment.dtype)
+            elif tuple(tensor.shape) != assignment.shape:  # an observer's, which takes the shape of what it is given
+                tensor.resize_(assignment.shape)
         owners = list(_owners(plan))
         own = [(owner, _held(owner.module)) for owner in owners]
         for tensor in _on_meta(plan).values():
-            torch.utils.swap_tensors(tensor, _real(tensor))
+            _swap(tensor, _real(tensor))
         for owner, held in own:
             for leaf in owner.leaves:
                 tensor = held[leaf]
                 if tensor.is_meta:
-                    torch.utils.swap_tensors(tensor, _real(tensor))
+                    _swap(tensor, _real(tensor))
             kept = {leaf: t.clone() for leaf, t in held.items() if leaf not in owner.leaves and not t.is_meta}
             assert owner.initialise is not None
             owner.initialise(owner.module)
@@ -148,6 +150,11 @@ def _real(tensor: Tensor) -> Tensor:
     return real
 
 
+def _swap(tensor: Tensor, real: Tensor) -> None:
+    """Put `real` inside the object `tensor`, which everything that refers to it keeps."""
+    torch.utils.swap_tensors(tensor, real)  # type: ignore[no-untyped-call]
+
+
 def _initialiser(model: nn.Module, path: str, module: nn.Module) -> Callable[[nn.Module], object] | None:
     """The module's own `reset_parameters`, or the `_init_weights` of the nearest model above it, as transformers has it."""
     if callable(getattr(module, "reset_parameters", None)):
@@ -166,7 +173,7 @@ def _untouched(owner: _Owner) -> list[str]:
     held = _held(trial)
     for tensor in held.values():
         if tensor.is_meta:
-            torch.utils.swap_tensors(tensor, _real(tensor))
+            _swap(tensor, _real(tensor))
     before = {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for leaf in owner.leaves:

@@ -9,6 +9,7 @@ import torch
 from warmstart.errors import CheckpointError, MappingError, TimingError
 from warmstart.loading.materialising import uninitialisable
 from warmstart.loading.values import Values, duplicates, span, written
+from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan
 from warmstart.mapping.targets import Live
@@ -104,6 +105,9 @@ def _entangled(plan: Plan) -> list[str]:
 def _lost(plan: Plan, values: Values) -> list[str]:
     lost: list[tuple[str, str]] = []
     for assignment in written(plan):
+        if assignment.adapter is not None and range_lost(torch.float32, assignment.dtype):
+            lost += _overflown(plan, values, assignment)
+            continue
         if assignment.cast is None or not range_lost(*assignment.cast):
             continue
         source = values.source(assignment)
@@ -128,6 +132,18 @@ def _lost(plan: Plan, values: Values) -> list[str]:
         return []
     message = f"dtype: {len(lost)} tensors hold values that the model's dtype cannot\n{listed(lost)}\n"
     return [message + '  -> build the model in a wider dtype, or take the checkpoint\'s: dtype="checkpoint"']
+
+
+def _overflown(plan: Plan, values: Values, assignment: Assignment) -> list[tuple[str, str]]:
+    """What an adapter computes of finite values (the sum of channels, say) may be beyond the range of a small dtype."""
+    if not assignment.dtype.is_floating_point or bool(non_finite(values.source(assignment)).any()):
+        return []
+    current = plan.targets.entries[assignment.target].tensor
+    mask = assignment.loaded
+    made = non_finite(values.planned(assignment, current))
+    count = int((made if mask is None else made & mask).sum())
+    name = type(assignment.adapter).__name__
+    return [(assignment.target, f"{name} makes {count} values beyond {dtype_name(assignment.dtype)}")] if count else []
 
 
 def _two_values(plan: Plan, values: Values) -> list[str]:

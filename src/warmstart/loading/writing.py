@@ -11,6 +11,7 @@ from torch import Tensor
 
 from warmstart.errors import CheckpointError, MappingError
 from warmstart.loading.materialising import materialise
+from warmstart.loading.inert import inert_adapters
 from warmstart.loading.preflight import preflight
 from warmstart.loading.values import Digests, Values, written
 from warmstart.loading.verifying import verify_written
@@ -76,6 +77,7 @@ def write(plan: Plan, verify: Verify) -> Written:
             written=tuple(done),
         ) from error
     result.notes += verify_written(plan, values, verify)
+    result.notes += inert_adapters(plan)
     result.bytes_read = sum(part.checkpoint.bytes_read for part in plan.parts) - before
     result.seconds = time.perf_counter() - started
     return result

@@ -31,7 +31,7 @@ class Problem:
     Attributes:
         kind: `missing`, `unexpected`, `mismatched`, `collision`, `unused`, `ambiguous`, `nothing matched`, `into`,
             `coverage`, `dtype`, `overlap`, `incomplete` or `conversion` (a conversion that does not work out), `adapter`,
-            `fill` or `wrappers`.
+            `fill`, `load hook`, `lock` or `wrappers`.
         message: What, where, and the line to type.
         names: The entries or keys concerned.
     """
@@ -61,6 +61,7 @@ class Assignment:
         output: Index of its value among the conversion's outputs.
         adapter: What brings the value into the entry's shape, else None.
         fill: The constant it gets, else None.
+        reshapes: Whether the entry takes `shape` when it is written (a lazy one, an observer's).
     """
 
     target: str
@@ -75,6 +76,7 @@ class Assignment:
     output: int = 0
     adapter: Adapter | None = None
     fill: float | None = None
+    reshapes: bool = False
 
     @property
     def loaded(self) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from warmstart.errors import MappingError
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import paste
-from warmstart.mapping.names import Shapes, infer_prefix, matches
+from warmstart.mapping.names import KeyShapes, Shapes, infer_prefix, matches
 from warmstart.mapping.part import PartPlan
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.renames import Renamer
@@ -45,7 +45,7 @@ def check_casts(out: PartPlan, targets: Targets) -> None:
         out.notes.append(f"{len(narrowed)} tensors are rounded to the model's dtype")
 
 
-def check_nothing(out: PartPlan, named: Shapes, shapes: Shapes) -> None:
+def check_nothing(out: PartPlan, named: KeyShapes, shapes: Shapes) -> None:
     """Nothing fits at all: say what does not, and what would have."""
     if not shapes or out.assigned or any(problem.kind == "ambiguous" for problem in out.errors):
         return
@@ -69,7 +69,7 @@ def check_nothing(out: PartPlan, named: Shapes, shapes: Shapes) -> None:
     out.problem("nothing matched", message)
 
 
-def better_prefix(plain: Shapes, shapes: Shapes, pretrained: Pretrained, assigned: int) -> str:
+def better_prefix(plain: KeyShapes, shapes: Shapes, pretrained: Pretrained, assigned: int) -> str:
     """The prefix that would match more keys than the one that was given, as a line to type; empty if there is none."""
     renamer = Renamer(pretrained.stages)
     try:

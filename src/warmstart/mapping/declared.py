@@ -37,6 +37,8 @@ def declared(value: object, kinds: Iterable[type[T]], where: str) -> T:
         raise TypeError(f"{where}: {name} takes its fields as a mapping, not {options!r}")
     try:
         return chosen(**(options or {}))
+    except MappingError as error:
+        raise MappingError(f"{where}: {error}") from None
     except TypeError as error:
         shape = inspect.signature(chosen)
         raise MappingError(
@@ -59,7 +61,9 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return getattr(value, "__qualname__", None) or str(value)
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"  # as `apply: {fn: ...}` takes it
+    return str(value)
 
 
 def _only_item(value: object, where: str, known: Mapping[str, Any]) -> tuple[str, object]:

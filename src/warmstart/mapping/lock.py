@@ -112,7 +112,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         import yaml
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("reading a lock file needs PyYAML: pip install pyyaml", name=error.name) from error
+        raise ModuleNotFoundError(
+            "reading a lock file needs PyYAML: pip install 'warmstart[lock]'", name=error.name
+        ) from error
     try:
         known = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

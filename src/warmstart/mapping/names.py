@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
+from warmstart.mapping.derivations import Shape
 from warmstart.mapping.grouping import printable
 
 # Type of the wrapper -> the child it keeps the wrapped module under. By qualified name along the MRO, so that no engine
@@ -71,45 +72,67 @@ class Prefix:
         return " and ".join(parts)
 
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, Shape]
+KeyShapes = Mapping[str, Shape | None]  # None: made for the entry it goes to, so it has that entry's shape
 
 
-def matches(keys: Shapes, entries: Shapes) -> int:
+def fits(key: Shape | None, entry: Shape | None) -> bool:
+    """Whether a key of this shape goes into an entry of that one (None: there is no such entry)."""
+    return entry is not None and (key is None or key == entry)
+
+
+def matches(keys: KeyShapes, entries: Shapes) -> int:
     """How many keys stand on an entry of the same name and shape."""
-    return sum(entries.get(name) == shape for name, shape in keys.items())
+    return sum(fits(shape, entries.get(name)) for name, shape in keys.items())
 
 
-def infer_prefix(keys: Shapes, entries: Shapes) -> list[Prefix]:
+def suffixes(name: str, depth: int) -> Iterator[str]:
+    """The dotted suffixes of at most `depth` segments, the longest first."""
+    if name.count(".") >= depth:
+        name = name[len(name.rsplit(".", depth)[0]) + 1 :]
+    yield name
+    while (dot := name.find(".")) >= 0:
+        name = name[dot + 1 :]
+        yield name
+
+
+def infer_prefix(keys: KeyShapes, entries: Shapes) -> list[Prefix]:
     """The best (strip, add) pair that matches more keys, by name and shape, than the names as they are.
 
     Candidates come from each unmatched key's longest suffix that ends an unmatched entry of the same shape; the most
     frequent ones are scored exactly. Linear in the number of names.
 
+    Args:
+        keys: Checkpoint key to shape; None fits any shape.
+        entries: Model entry to shape.
+
     Returns:
         Nothing, the one best pair, or all the pairs that tie for it and give different names.
     """
-    identity = {name for name, shape in keys.items() if entries.get(name) == shape}
-    index: dict[str, list[str]] = defaultdict(list)
-    for entry in entries:
-        if entry in identity:
-            continue
-        for suffix in _suffixes(entry):
-            if len(index[suffix]) <= _RIVALS:
-                index[suffix].append(entry)
+    identity = {name for name, shape in keys.items() if fits(shape, entries.get(name))}
+    unmatched = [entry for entry in entries if entry not in identity]
+    depth = max((entry.count(".") + 1 for entry in unmatched), default=0)
+    index: dict[str, list[str]] = {}
+    for entry in unmatched:
+        for suffix in suffixes(entry, depth):
+            found = index.setdefault(suffix, [])
+            if len(found) <= _RIVALS:
+                found.append(entry)
     votes: Counter[tuple[str, str]] = Counter()
     for key, shape in keys.items():
         if key in identity:
             continue
-        for suffix in _suffixes(key):
+        for suffix in suffixes(key, depth):
             found = index.get(suffix, [])
             pairs = {
                 (key[: -len(suffix)].rstrip("."), entry[: -len(suffix)].rstrip("."))
                 for entry in found
-                if entries[entry] == shape
+                if fits(shape, entries[entry])
             }
-            if pairs and len(found) <= _RIVALS:
-                votes.update(pairs)
             if pairs:
+                if len(found) <= _RIVALS:
+                    for pair in pairs:
+                        votes[pair] += 1
                 break
     scored: list[tuple[int, dict[str, str], Prefix]] = []
     for (remove, add), _ in sorted(votes.items(), key=lambda item: (-item[1], item[0]))[:_CANDIDATES]:
@@ -130,20 +153,11 @@ _RIVALS = 8  # a suffix that more entries share says nothing about which prefix 
 _CANDIDATES = 24
 
 
-def _suffixes(name: str) -> list[str]:
-    """All dotted suffixes, the longest first."""
-    out = [name]
-    while (dot := name.find(".")) >= 0:
-        name = name[dot + 1 :]
-        out.append(name)
-    return out
-
-
-def _rewritten(keys: Shapes, entries: Shapes, remove: str, add: str) -> dict[str, str]:
+def _rewritten(keys: KeyShapes, entries: Shapes, remove: str, add: str) -> dict[str, str]:
     prefix = Prefix(remove, add, 0)
     out = {}
     for key, shape in keys.items():
         name = prefix.rewrite(key)
-        if name is not None and entries.get(name) == shape:
+        if name is not None and fits(shape, entries.get(name)):
             out[key] = name
     return out

@@ -20,14 +20,16 @@ from warmstart.mapping.derivations import Shape
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.hints import GUESSES, did_you_mean, report_unused
 from warmstart.mapping.keys import Key
-from warmstart.mapping.load_hooks import honour
-from warmstart.mapping.names import Prefix, Shapes, infer_prefix, join, strip
+from warmstart.mapping.load_hooks import honour, may_say
+from warmstart.mapping.names import KeyShapes, Prefix, Shapes, infer_prefix, join, strip
 from warmstart.mapping.part import PartPlan
+from warmstart.mapping.peft_scope import apart, view
 from warmstart.mapping.pool import clean_keys, renamed, selected, without_collisions
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.suffixes import match_suffixes
 from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import PatternSet
+from warmstart.tensors import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ def plan_part(number: int, pretrained: Pretrained, checkpoint: Checkpoint, targe
     scope = _scope(pretrained, targets, out)
     keys = without_collisions(keys, out)
     keys = _converted(keys, pretrained, out)
+    scope = _seen(scope, keys, out)
     named, shapes = {key.name: key.shape for key in keys}, scope.shapes
 
     prefix: Prefix | None = None
@@ -69,7 +72,8 @@ def plan_part(number: int, pretrained: Pretrained, checkpoint: Checkpoint, targe
     out.adapters = _adapters(pretrained, targets, out)
     leftover = _matched(keys, scope, out)
     _fill(pretrained, scope, targets, out)
-    if leftover and pretrained.strip_prefix is not None:
+    out.notes += apart(list(scope.entries.values()), out.assigned)
+    if leftover and pretrained.strip_prefix is not None and not out.hint:
         out.hint = better_prefix(plain, shapes, pretrained, len(out.assigned))
     _leftovers(leftover, scope, targets, out)
     check_casts(out, targets)
@@ -116,6 +120,17 @@ def _converted(keys: list[Key], pretrained: Pretrained, out: PartPlan) -> list[K
     return without_collisions(converting.keys, out)
 
 
+def _seen(scope: Scope, keys: list[Key], out: PartPlan) -> Scope:
+    """Of a PEFT model, the side that the keys are of, under the names that they know it by."""
+    seen = view(list(scope.entries.values()), scope.into, [key.name for key in keys])
+    if seen.problem:
+        out.problem("ambiguous", seen.problem)
+    out.notes += seen.notes
+    out.hint = seen.hint
+    named = [(seen.names[t.name], t) for t in scope.entries.values() if t.name in seen.names]
+    return Scope(scope.into, {strip(name, scope.into) or name: target for name, target in named})
+
+
 def _with_suffixes(keys: list[Key], scope: Scope, out: PartPlan) -> None:
     found = match_suffixes({key.name: key.shape for key in keys}, scope.shapes)
     for key in keys:
@@ -137,7 +152,7 @@ def _some(names: tuple[str, ...]) -> str:
     return ", ".join(f"'{printable(name)}'" for name in names[:4]) + more
 
 
-def _inferred(named: Shapes, shapes: Shapes, into: str, out: PartPlan) -> Prefix | None:
+def _inferred(named: KeyShapes, shapes: Shapes, into: str, out: PartPlan) -> Prefix | None:
     pairs = infer_prefix(named, shapes)
     if len(pairs) > 1 and (named_alike := [p for p in pairs if into and (p.strip, p.add) == (into, "")]):
         return named_alike[0]  # of a whole model's file: its keys are the entries' own names
@@ -166,14 +181,20 @@ def _with_prefix(keys: list[Key], prefix: Prefix, shapes: Shapes, out: PartPlan)
 
 def _by_their_modules(keys: list[Key], scope: Scope, targets: Targets, out: PartPlan) -> list[Key]:
     """Modules that load in a way of their own (old versions, parametrizations) have their say."""
+    if not any(may_say(module) for module in targets.clean_modules.values()):
+        return keys
+    above = {""}  # a module with nothing in scope is not asked
+    for name in scope.entries:
+        parts = name.split(".")
+        above.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
     modules = {}
     for path, module in targets.clean_modules.items():
         local = path if not scope.into else "" if path == scope.into else strip(path, scope.into)
-        if local is not None:
+        if local in above:
             modules[local] = module
     honoured = honour(keys, modules, out.part.checkpoint.versions, scope.into)
     out.notes += honoured.notes
-    out.ignored += honoured.ignored
+    out.ignored += [key.spelled for key in honoured.ignored]
     out.errors += honoured.errors
     out.excused = {scope.entries[name].name for name in honoured.excused if name in scope.entries}
     out.reshaped = {scope.entries[name].name for name in honoured.shapes if name in scope.entries}
@@ -258,11 +279,19 @@ def _matched(keys: list[Key], scope: Scope, out: PartPlan) -> list[Key]:
             try:
                 adapter.check(key.shape, target.shape)
             except MappingError as error:
-                out.problem("adapter", f"'{target.name}': {error}", (target.name,))
+                message = str(error).replace("<entry>", printable(target.clean))
+                out.problem("adapter", f"'{printable(target.name)}': {message}", (target.name,))
                 out.mismatched[target.name] = Mismatch(key.sources, key.shape, target.shape)
                 out.reported.add(target.name)
             else:
                 out.assigned[target.name] = key
+                number = key.dtype.is_floating_point or key.dtype.is_complex
+                if not number and adapter.computes(key.shape, target.shape):
+                    message = (
+                        f"'{printable(target.name)}' holds {dtype_name(key.dtype)}, of which {type(adapter).__name__} cannot "
+                        f'compute others; leave it out: exclude=["{printable(target.clean)}"]'
+                    )
+                    out.problem("dtype", message, (target.name,))
         elif target.lazy or target.shape == key.shape or target.name in out.reshaped:
             out.assigned[target.name] = key
         else:
@@ -288,7 +317,7 @@ def _fill(pretrained: Pretrained, scope: Scope, targets: Targets, out: PartPlan)
             target = targets.entries[name]
             key = given.get(target.canonical)
             shown = (
-                printable(key.sources[0])
+                printable(key.spelled)
                 if key
                 else printable(out.mismatched[name].keys[0])
                 if name in out.mismatched
@@ -320,7 +349,7 @@ def _unfillable(target: Target, value: float) -> str:
 def _leftovers(keys: list[Key], scope: Scope, targets: Targets, out: PartPlan) -> None:
     """Unmatched keys: ignored if they name something of the model outside the scope, else unexpected."""
     inside = {t.clean for t in scope.entries.values()}
-    outside = ({t.clean for t in targets.entries.values()} | targets.wrapper_own) - inside
+    outside = ({t.clean for t in targets.entries.values()} | set(targets.wrapper_own.values())) - inside
     known = (
         (outside, "outside the scope"),
         (targets.transient, "non-persistent buffers, which the model computes itself"),

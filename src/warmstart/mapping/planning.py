@@ -12,7 +12,6 @@ from warmstart.mapping.buckets import Assignment, Mismatch, Problem
 from warmstart.mapping.grouping import listed, pasteable, printable
 from warmstart.mapping.hints import paste, report_unused
 from warmstart.mapping.keys import Key
-from warmstart.mapping.names import WRAPPER_SEGMENTS, without_wrappers
 from warmstart.mapping.part import PartPlan
 from warmstart.mapping.part_planning import plan_part
 from warmstart.mapping.plan import Plan, R
@@ -126,17 +125,19 @@ def _assignment(target: Target, key: Key | None, number: int, part: PartPlan) ->
         return Assignment(target.name, (), number, target.shape, target.dtype, target.shape, fill=fill)
     assert key.shape is not None
     dtype = key.dtype if part.part.pretrained.dtype == "checkpoint" else target.dtype
+    reshapes = target.lazy or target.name in part.reshaped
     return Assignment(
         target.name,
         key.sources,
         number,
-        key.shape if target.lazy or target.name in part.reshaped else target.shape,
+        key.shape if reshapes else target.shape,
         dtype,
         key.shape,
         None if key.dtype == dtype else (key.dtype, dtype),
         conversion=key.made,
         output=key.output,
-        adapter=None if target.lazy else part.adapters.get(target.name),
+        adapter=None if reshapes else part.adapters.get(target.name),
+        reshapes=reshapes,
     )
 
 
@@ -217,8 +218,8 @@ def unexcused(
     for number, part in enumerate(parts):
         allowed = PatternSet(part.part.pretrained.allow_unexpected, where="allow_unexpected")
         keys = part.part.checkpoint.keys()
-        segments = WRAPPER_SEGMENTS - targets.clean_segments()
-        hits = {k for k in keys if allowed.matches(k, without_wrappers(k, segments))} if allowed else set()
+        clean = targets.key_cleaner()
+        hits = {k for k in keys if allowed.matches(k, clean(k))} if allowed else set()
         report_unused(allowed, keys, "checkpoint key", errors)
         for key in part.dangling:
             if not hits.issuperset(key.sources):

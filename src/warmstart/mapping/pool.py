@@ -7,7 +7,7 @@ from warmstart.errors import MappingError
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.hints import GUESSES, did_you_mean, report_unused
 from warmstart.mapping.keys import Key
-from warmstart.mapping.names import WRAPPER_SEGMENTS, strip, without_wrappers
+from warmstart.mapping.names import strip
 from warmstart.mapping.part import PartPlan
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.renames import Renamer
@@ -17,10 +17,10 @@ from warmstart.patterns import PatternSet
 
 def clean_keys(checkpoint: Checkpoint, targets: Targets) -> list[Key]:
     """All keys, sorted, so that a plan does not depend on their order."""
-    segments = WRAPPER_SEGMENTS - targets.clean_segments()
+    clean_key = targets.key_cleaner()
     keys = []
     for spelled in sorted(checkpoint.keys()):
-        clean = without_wrappers(spelled, segments)
+        clean = clean_key(spelled)
         info = checkpoint.info(spelled)
         keys.append(Key(spelled, clean, clean, info.shape, info.dtype))
     return keys

@@ -13,7 +13,7 @@ from warmstart.mapping.buckets import Assignment, Buckets
 from warmstart.mapping.derivations import Derivation
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.targets import Live
-from warmstart.tensors import bits_lost, dtype_name, range_lost
+from warmstart.tensors import bits_lost, dtype_name, range_lost, same_bits
 
 
 class ReversedCheckpoint(Checkpoint):
@@ -46,11 +46,16 @@ class ReversedCheckpoint(Checkpoint):
         self._undone: tuple[Derivation | None, list[Tensor]] = (None, [])
 
     def _read(self, key: str, index: Index | None) -> Tensor:
-        step = self._steps[key][0]
-        if step.conversion is None:
-            value = self._value(step, self.info(key).dtype)
+        steps = self._steps[key]
+        if steps[0].conversion is None:
+            value = self._value(steps[0], self.info(key).dtype)
         else:
-            value = self._undo(step.conversion)[step.conversion.sources.index(key)]
+            found = {id(made): made for step in steps if (made := step.conversion) is not None}
+            value, *others = (self._undo(made)[made.sources.index(key)] for made in found.values())
+            if not all(same_bits(value, other) for other in others):
+                raise CheckpointError(
+                    f"{self.location}: '{printable(key)}' went to {len(found)} places, which hold different values by now"
+                )
         return value if index is None else value[index]
 
     def _undo(self, conversion: Derivation) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from warmstart.errors import MappingError
-from warmstart.mapping.names import join, wrapped_child
+from warmstart.mapping.names import WRAPPER_SEGMENTS, join, without_wrappers, wrapped_child
+from warmstart.mapping.peft import AdapterEntry, base_child, cleaner, member_of_adapter, prefix_of
 
 Kind = Literal["parameter", "buffer"]
 
@@ -26,6 +27,7 @@ class Target:
         tensor: The parameter or buffer itself.
         owner: The module that holds it.
         leaf: Its name in `owner`.
+        adapter: Where it stands in a PEFT adapter; None for an entry of the model itself.
         alias_of: Name of the first entry that is the same tensor; None for the first one.
     """
 
@@ -35,6 +37,7 @@ class Target:
     tensor: Tensor
     owner: nn.Module
     leaf: str
+    adapter: AdapterEntry | None = None
     alias_of: str | None = None
 
     @property
@@ -70,22 +73,24 @@ class Targets:
         modules: Clean path to module, for `into`; the spelled path is a key as well.
         transient: Clean names of non-persistent buffers.
         extra_state: Clean names of modules' `_extra_state`.
-        wrapper_own: Names that wrapper modules hold themselves (an averaged model's counter).
+        wrapper_own: Names that wrapper modules hold themselves (an averaged model's counter), to the same without wrappers.
         wrapped: Type names of the wrappers met.
         clean_paths: Module path as spelled to its clean path.
         clean_modules: Clean path to the innermost module there, past its wrappers.
         groups: First name to all names, of every tensor that has more than one.
+        peft_prefixes: Paths that PEFT puts before the names of this model in its files.
     """
 
     entries: dict[str, Target] = field(default_factory=dict)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     transient: set[str] = field(default_factory=set)
     extra_state: set[str] = field(default_factory=set)
-    wrapper_own: set[str] = field(default_factory=set)
+    wrapper_own: dict[str, str] = field(default_factory=dict)
     wrapped: set[str] = field(default_factory=set)
     clean_paths: dict[str, str] = field(default_factory=dict)
     clean_modules: dict[str, nn.Module] = field(default_factory=dict)
     groups: dict[str, list[str]] = field(default_factory=dict)
+    peft_prefixes: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, model: nn.Module) -> Targets:
@@ -100,9 +105,7 @@ class Targets:
         for target in _walk(model, targets):
             name = _identity(target.tensor, seen, target.name)
             if name != target.name:
-                target = Target(
-                    target.name, target.clean, target.kind, target.tensor, target.owner, target.leaf, alias_of=name
-                )
+                target = replace(target, alias_of=name)
             other = clean_names.setdefault(target.clean, target.name)
             if other != target.name:
                 if targets.entries[other].canonical == target.canonical:
@@ -125,6 +128,12 @@ class Targets:
     def clean_segments(self) -> set[str]:
         names = [t.clean for t in self.entries.values()] + [*self.transient, *self.extra_state]
         return {segment for name in names for segment in name.split(".")}
+
+    def key_cleaner(self) -> Callable[[str], str]:
+        """What takes wrapper segments out of a checkpoint's keys, wherever the model's own names do not have them."""
+        own = self.clean_segments()
+        segments, without_peft = WRAPPER_SEGMENTS - own, cleaner(self.peft_prefixes, own)
+        return lambda key: without_peft(without_wrappers(key, segments))
 
 
 class Live:
@@ -152,18 +161,21 @@ class Live:
 
 def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
     """Depth first, in registration order, every path to every tensor (a shared module is met under each of its names)."""
-    stack: list[tuple[nn.Module, str, str, tuple[int, ...]]] = [(model, "", "", ())]
+    stack: list[tuple[nn.Module, str, str, AdapterEntry | None, tuple[int, ...]]] = [(model, "", "", None, ())]
     while stack:
-        module, path, clean, above = stack.pop()
+        module, path, clean, at, above = stack.pop()
         if id(module) in above:
             continue
         wrapper = wrapped_child(module)
+        base = base_child(module) if at is None else None
         if wrapper is not None:
             targets.wrapped.add(type(module).__name__)
+        if base is not None:
+            targets.peft_prefixes.add(prefix_of(module))
         targets.modules.setdefault(clean, module)
         targets.modules.setdefault(path, module)
         targets.clean_paths.setdefault(path, clean)
-        if wrapper is None:
+        if wrapper is None and base is None:
             targets.clean_modules.setdefault(clean, module)
         for kind, members in (("parameter", module._parameters), ("buffer", module._buffers)):
             for leaf, tensor in members.items():
@@ -171,19 +183,26 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
                     continue
                 name, clean_name = join(path, leaf), join(clean, leaf)
                 if wrapper is not None:
-                    targets.wrapper_own.add(name)
+                    targets.wrapper_own[name] = clean_name
                 elif kind == "buffer" and leaf in module._non_persistent_buffers_set:
                     targets.transient.add(clean_name)
                 else:
                     yield Target(
-                        name, clean_name, "parameter" if kind == "parameter" else "buffer", tensor, module, leaf
+                        name,
+                        clean_name,
+                        "parameter" if kind == "parameter" else "buffer",
+                        tensor,
+                        module,
+                        leaf,
+                        member_of_adapter(module, base, clean, at, leaf),
                     )
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             targets.extra_state.add(join(clean, "_extra_state"))
         children = [(n, m) for n, m in module._modules.items() if m is not None]
         for leaf, child in reversed(children):
-            child_clean = clean if leaf == wrapper else join(clean, leaf)
-            stack.append((child, join(path, leaf), child_clean, (*above, id(module))))
+            child_clean = clean if leaf in (wrapper, base) else join(clean, leaf)
+            inside = at if leaf == wrapper else member_of_adapter(module, base, clean, at, leaf)
+            stack.append((child, join(path, leaf), child_clean, inside, (*above, id(module))))
 
 
 def _identity(tensor: Tensor, seen: dict[object, str], name: str) -> str:

@@ -37,6 +37,11 @@ class Adapter(ABC):
         del source, target
         return None
 
+    def computes(self, source: Shape, target: Shape) -> bool:
+        """Whether elements are computed from others, which integers and booleans do not survive, and not only moved."""
+        del source, target
+        return True
+
     def no_inverse(self, source: Shape, target: Shape) -> str | None:
         """Why the checkpoint's tensor cannot be had back bit for bit, in a few words; None if it can."""
         return None if source == target else "resampling loses what the checkpoint held"

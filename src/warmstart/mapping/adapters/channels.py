@@ -53,8 +53,10 @@ class AdaptInChannels(Adapter):
             return value.to(current.dtype)
         n, m = value.shape[1], current.shape[1]
         if self.mode == "slice":
-            return value[:, :m].to(current.dtype)
-        shares = torch.full((m, n), 1 / m, dtype=torch.float64) if self.mode == "mean" else _repeated(n, m)
+            return value[:, :m].to(current.dtype).contiguous()
+        shares = (
+            torch.full((m, n), 1 / m, dtype=torch.float64, device="cpu") if self.mode == "mean" else _repeated(n, m)
+        )
         return along(wide(value), 1, shares).to(current.dtype)
 
     def no_inverse(self, source: Shape, target: Shape) -> str | None:
@@ -67,7 +69,7 @@ class AdaptInChannels(Adapter):
 
 def _repeated(n: int, m: int) -> Tensor:
     """The matrix (m, n) that deals n channels out to m in turn; each of the n gives 1 in total."""
-    turn = torch.arange(max(n, m))
-    dealt = torch.zeros(m, n, dtype=torch.float64)
+    turn = torch.arange(max(n, m), device="cpu")
+    dealt = torch.zeros(m, n, dtype=torch.float64, device="cpu")
     dealt[turn % m, turn % n] = 1
     return dealt / dealt.sum(0)

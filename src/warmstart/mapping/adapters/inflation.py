@@ -48,7 +48,7 @@ class InflateConv(Adapter):
         steps = current.shape[2]
         if self.mode == "average":
             return (wide(value) / steps).to(current.dtype).unsqueeze(2).repeat(1, 1, steps, 1, 1)
-        inflated = torch.zeros(current.shape, dtype=current.dtype)
+        inflated = torch.zeros(current.shape, dtype=current.dtype, device="cpu")
         inflated[:, :, steps // 2] = value.to(current.dtype)
         return inflated
 

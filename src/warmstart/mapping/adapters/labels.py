@@ -27,9 +27,9 @@ class Labels:
         rows: The row of each, int64, in the same order.
     """
 
-    def __init__(self, names: Iterable[Label], rows: Iterable[int]) -> None:
+    def __init__(self, names: Sequence[Label], rows: Sequence[int]) -> None:
         self.names = tuple(names)
-        self.rows = np.fromiter(rows, dtype=np.int64, count=len(self.names))
+        self.rows = np.array(rows, dtype=np.int64)
 
     @cached_property
     def digest(self) -> str:
@@ -71,7 +71,7 @@ def as_labels(value: object, field: str) -> Labels:
         pairs = [(name, _row(row, field)) for name, row in value.items()]
     else:
         pairs = [(name, row) for row, name in enumerate(_listed(value, field)) if name is not None]
-    return Labels((_label(name, field) for name, _ in pairs), (row for _, row in pairs))
+    return Labels([_label(name, field) for name, _ in pairs], [row for _, row in pairs])
 
 
 def as_index_map(value: object, field: str) -> Labels:
@@ -84,11 +84,13 @@ def as_index_map(value: object, field: str) -> Labels:
         return value
     items = value.items() if isinstance(value, Mapping) else enumerate(_listed(value, field))
     pairs = [(_row(old, field), _row(new, field)) for new, old in items if old is not None and old != -1]
-    return Labels((old for old, _ in pairs), (new for _, new in pairs))
+    return Labels([old for old, _ in pairs], [new for _, new in pairs])
 
 
-def repeated(items: Iterable[Label]) -> list[Label]:
+def repeated(items: Sequence[Label]) -> list[Label]:
     """Those that come more than once, in order."""
+    if len(set(items)) == len(items):
+        return []
     return [item for item, count in Counter(items).items() if count > 1]
 
 
@@ -104,6 +106,8 @@ def _listed(value: object, field: str) -> Sequence[object]:
 
 
 def _label(name: object, field: str) -> Label:
+    if type(name) is str or type(name) is int:  # asked first: vocabularies are long, and a protocol is slow to ask for
+        return name
     if isinstance(name, str):
         return str(name)
     if isinstance(name, bytes):
@@ -116,6 +120,8 @@ def _label(name: object, field: str) -> Label:
 
 
 def _row(row: object, field: str) -> int:
+    if type(row) is int and row >= 0:
+        return row
     if isinstance(row, bool) or not isinstance(row, SupportsIndex) or int(row) < 0:
         raise MappingError(
             f"{field} has the row {printable(repr(row), 60)}: rows are whole numbers of 0 or more; write those"

@@ -42,9 +42,9 @@ class SliceOrPad(Adapter):
         if value[common].shape == current.shape:
             return value[common].to(current.dtype)
         padded = (
-            current.detach().cpu().clone()
+            current.detach().to("cpu", copy=True)
             if self.fill == "keep"
-            else torch.full(current.shape, self.fill, dtype=current.dtype)
+            else torch.full(current.shape, self.fill, dtype=current.dtype, device="cpu")
         )
         padded[common] = value[common].to(current.dtype)
         return padded
@@ -53,9 +53,13 @@ class SliceOrPad(Adapter):
         mask: Tensor | None = None
         for dim, (s, t) in enumerate(zip(source, target, strict=True)):
             if s < t:
-                inside = (torch.arange(t) < s).view([-1 if d == dim else 1 for d in range(len(target))])
+                inside = (torch.arange(t, device="cpu") < s).view([-1 if d == dim else 1 for d in range(len(target))])
                 mask = inside if mask is None else mask & inside
         return mask
+
+    def computes(self, source: Shape, target: Shape) -> bool:
+        del source, target
+        return False
 
     def no_inverse(self, source: Shape, target: Shape) -> str | None:
         cut = any(s > t for s, t in zip(source, target, strict=True))

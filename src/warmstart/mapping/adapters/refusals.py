@@ -13,13 +13,8 @@ KEEP_OWN = 'allow_mismatched=["<entry>"]'
 
 
 def refused(source: Shape, target: Shape, why: str, line: str) -> MappingError:
-    """`line` is what to type instead: `adapt_line(...)`, `written(...)`, or `KEEP_OWN` where no adapter fits."""
+    """`line` is what to type instead: `written(...)`, or `KEEP_OWN` where no adapter fits."""
     return MappingError(f"checkpoint {source}, model {target}: {why}\n  -> {line}")
-
-
-def adapt_line(adapter: str) -> str:
-    """The line that declares an adapter, given as it is typed."""
-    return f'adapt={{"<entry>": {adapter}}}'
 
 
 def written(adapter: Adapter, **changes: Any) -> str:
@@ -30,7 +25,7 @@ def written(adapter: Adapter, **changes: Any) -> str:
     changed: Any = replace(adapter, **changes)  # type: ignore[type-var]  # every adapter is a dataclass
     values = {f.name: value for f in fields(changed) if (value := getattr(changed, f.name)) != f.default}
     shown = (f"{name}={name if isinstance(value, Labels) else repr(value)}" for name, value in values.items())
-    return adapt_line(f"{type(adapter).__name__}({', '.join(shown)})")
+    return f'adapt={{"<entry>": {type(adapter).__name__}({", ".join(shown)})}}'
 
 
 def check_mode(adapter: Adapter, mode: object, *known: str) -> None:

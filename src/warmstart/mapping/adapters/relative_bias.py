@@ -86,9 +86,11 @@ class ResizeRelPosBias(Adapter):
         extra = next((k for k in _EXTRA_ROWS if _odd_square(source_rows - k) and _odd_square(target_rows - k)), None)
         if extra is not None:
             return written(self, extra_rows=extra, src_window=None, dst_window=None)
-        odd = [near_square(rows - self.extra_rows) for rows in (source_rows, target_rows)]
-        (a, b), (c, d) = (((h + 1) // 2, (w + 1) // 2) for h, w in odd)
-        return written(self, src_window=(a, b), dst_window=(c, d))
+        offsets = [rows - self.extra_rows for rows in (source_rows, target_rows)]
+        if not all(count > 0 and count % 2 for count in offsets):
+            return KEEP_OWN
+        src, dst = (tuple((size + 1) // 2 for size in near_square(count)) for count in offsets)
+        return written(self, src_window=src, dst_window=dst)
 
 
 def _offsets_of(window: Grid | None) -> Grid | None:

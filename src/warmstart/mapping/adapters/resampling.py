@@ -22,9 +22,9 @@ def resampling(src: int, dst: int, mode: str) -> Tensor:
     (`align_corners=False`), as in timm's `resample_abs_pos_embed`; all of them are separable, so a grid of any rank is
     resampled axis by axis. "repeat" gives point i the value of point i mod `src`.
     """
-    identity = torch.eye(src, dtype=torch.float64)
+    identity = torch.eye(src, dtype=torch.float64, device="cpu")
     if mode == "repeat":
-        return identity[torch.arange(dst) % src]
+        return identity[torch.arange(dst, device="cpu") % src]
     # As rows of an image, not as channels: of an image one pixel wide, some versions of torch read the wrong rows.
     image = F.interpolate(identity[None, None], size=(dst, src), mode=_FILTERS[mode], antialias=True)
     return image[0, 0]

@@ -104,25 +104,30 @@ class MapRows(Adapter):
         dim = self._dim(tuple(value.shape), tuple(current.shape))
         old_rows, new_rows = self._carried
         if new_rows.size == current.shape[dim]:
-            rows = torch.empty(current.shape, dtype=current.dtype)
+            rows = torch.empty(current.shape, dtype=current.dtype, device="cpu")
         elif self.new_rows == "keep":
-            rows = current.detach().cpu().clone()
+            rows = current.detach().to("cpu", copy=True)
         elif self.new_rows == "mean":
             mean = _mean(value, dim, np.unique(old_rows)).to(current.dtype)
             rows = mean.expand(current.shape).clone(memory_format=torch.contiguous_format)
         else:
-            rows = torch.full(current.shape, self.new_rows, dtype=current.dtype)
-        carried = value.index_select(dim, torch.from_numpy(old_rows)).to(current.dtype)
-        return rows.index_copy_(dim, torch.from_numpy(new_rows), carried)
+            rows = torch.full(current.shape, self.new_rows, dtype=current.dtype, device="cpu")
+        # By indexing: index_copy_ has no kernels for float8.
+        at: tuple[slice | Tensor, ...] = (*[slice(None)] * dim, torch.from_numpy(new_rows))
+        rows[at] = value.index_select(dim, torch.from_numpy(old_rows)).to(current.dtype)
+        return rows
 
     def loaded(self, source: Shape, target: Shape) -> Tensor | None:
         dim = self._dim(source, target)
         _, new_rows = self._carried
         if new_rows.size == target[dim]:
             return None
-        mask = torch.zeros(target[dim], dtype=torch.bool)
+        mask = torch.zeros(target[dim], dtype=torch.bool, device="cpu")
         mask[torch.from_numpy(new_rows)] = True
         return mask.view([-1 if d == dim else 1 for d in range(len(target))])
+
+    def computes(self, source: Shape, target: Shape) -> bool:
+        return self.new_rows == "mean" and self.loaded(source, target) is not None
 
     def no_inverse(self, source: Shape, target: Shape) -> str | None:
         rows = source[self._dim(source, target)]
@@ -148,11 +153,8 @@ class MapRows(Adapter):
         if self.old is None:
             return np.array(self._new.names, dtype=np.int64), self._new.rows
         old = dict(zip(self._old.names, self._old.rows.tolist(), strict=True))
-        pairs = [
-            (old[name], row) for name, row in zip(self._new.names, self._new.rows.tolist(), strict=True) if name in old
-        ]
-        both = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-        return both[:, 0].copy(), both[:, 1].copy()
+        found = np.fromiter((old.get(name, -1) for name in self._new.names), dtype=np.int64, count=len(self._new))
+        return found[found >= 0], self._new.rows[found >= 0]
 
     def _dim(self, source: Shape, target: Shape) -> int:
         if not -len(source) <= self.dim < len(source):
