@@ -6,11 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from warmstart.mapping.suggesting.templates import Path, Shape, Template, numbered
+from warmstart.mapping.suggesting.templates import Path, Place, Shape, Template, numbered
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 Bag = tuple[str, ...]
-Place = tuple[Path, Path]  # a path of the checkpoint and the one of the model that corresponds to it
+
 Tail = tuple[Bag, Shape]
 
 _CROWD = 24  # tails that more templates share say nothing about which is which
@@ -89,7 +89,7 @@ def candidates(keys: Side, entries: Side) -> dict[Template, list[Candidate]]:
             for entry, other in there:
                 if entry in best or not _overlap(key, entry):
                     continue
-                if _numbers_agree(keys, key, start, entries, entry, other) and _order_agrees(
+                if _numbers_agree(keys, key, start, entries, entry, other) and order_agrees(
                     keys, key.path[start:], entries, entry.path[other:]
                 ):
                     place = key.path[:start], entry.path[:other]
@@ -108,7 +108,7 @@ def _overlap(key: Template, entry: Template) -> bool:
     return depth == 0 or 2 * len(a.keys() & b.keys()) >= min(len(a), len(b)) or len(a) == len(b)
 
 
-def _order_agrees(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
+def order_agrees(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
     """Whether words in another order are the same name: `image_to_token` is not `token_to_image` if one side has both."""
     a, b = ([w for s in path for w in keys.lexicon.content(s)] for path in (key, entry))
     if a == b:

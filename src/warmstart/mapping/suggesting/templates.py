@@ -11,6 +11,7 @@ from warmstart.mapping.suggesting.words import INDEX
 
 Shape = tuple[int, ...]
 Path = tuple[str, ...]
+Place = tuple[Path, Path]  # a path of the checkpoint and the one of the model that corresponds to it
 
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 _STEM = re.compile(r"(.*[^0-9])(0|[1-9][0-9]{0,8})")

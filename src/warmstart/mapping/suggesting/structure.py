@@ -1,0 +1,392 @@
+"""What names alone leave open: tensors at corresponding places, told apart by shared words, by shapes, or not at all."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from warmstart.mapping.suggesting.matching import Candidate, Side, corresponding, order_agrees
+from warmstart.mapping.suggesting.templates import Path, Place, Shape, Template, numbered
+from warmstart.mapping.suggesting.vocabulary import PHRASES
+from warmstart.mapping.suggesting.words import INDEX
+
+# The names torch's own layers give their tensors: a `bias` is never a `running_mean`.
+LEAVES = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias"))
+
+
+_MARGIN = 0.2  # by which a pair must beat every rival, of the share of words in common
+_SUPPORT = 3  # names that must differ by the same words before these say nothing
+_MANY = 24  # templates from which it is no chance that all of them but one have a partner
+
+
+class Evidence(IntEnum):
+    """What speaks for a pair, the stronger the higher."""
+
+    ELIMINATION = 0  # the last ones left of their shape
+    SHAPES = 1  # the shapes of a whole row of siblings are one to one, no word is shared
+    NUMBERS = 2  # rows that only numbers tell apart
+    SOME_WORDS = 3  # shared words, and words that only one or both have
+    PHRASE = 4  # the vocabulary names both
+    WORDS = 5  # every word
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Item:
+    """A module's own tensors that are not matched yet, or one tensor that has no layer of torch around it.
+
+    Attributes:
+        path: The module's path, or the tensor's.
+        tensors: (leaf or "", shape) to the template.
+    """
+
+    path: Path
+    tensors: dict[tuple[str, Shape], Template] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> Counter[Shape]:
+        return Counter(shape for _, shape in self.tensors)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Link:
+    """A pair of items.
+
+    Attributes:
+        extra: Words that only one of them has: (the checkpoint's, the model's).
+        rivals: Paths of the model's items that fit as well or nearly.
+    """
+
+    key: Item
+    entry: Item
+    place: Place
+    evidence: Evidence
+    extra: tuple[frozenset[str], frozenset[str]]
+    shared: frozenset[str] = frozenset()
+
+    @property
+    def same_leaf(self) -> bool:
+        """Whether both end in the same name, and no layer of torch gives its tensors that name."""
+        return self.key.path[-1] == self.entry.path[-1] and "" in {leaf for leaf, _ in self.key.tensors}
+
+
+@dataclass(frozen=True, slots=True)
+class Twins:
+    """Items that shapes and words cannot tell apart: every one of the checkpoint's may be every one of the model's."""
+
+    keys: tuple[Item, ...]
+    entries: tuple[Item, ...]
+    place: Place
+
+
+@dataclass(slots=True)
+class Structure:
+    """What was found beyond names in context."""
+
+    links: list[Link] = field(default_factory=list)
+    twins: list[Twins] = field(default_factory=list)
+    closed: bool = False
+    sure: set[Link] = field(default_factory=set)
+
+
+def structure(keys: Side, entries: Side, pairs: Mapping[Template, Candidate], vocabulary: bool) -> Structure:
+    """Pairs for what `pairs` leaves open, each with its evidence."""
+    taken = {candidate.entry for candidate in pairs.values()}
+    open_keys = _items(t for t in keys.templates if t not in pairs)
+    open_entries = _items(t for t in entries.templates if t not in taken)
+    found = Structure()
+    places = _places(pairs, keys, entries)
+    work = _Work(keys, entries, set(open_keys), set(open_entries), vocabulary)
+    for decide in (work.by_words, work.by_shapes):
+        for place in places:
+            found.links += decide(place)
+    found.twins = [twins for place in places for twins in work.twins(place)]
+    found.sure = _sure(found, keys, entries, pairs)
+    return found
+
+
+def _missing(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, Candidate]) -> tuple[int, int]:
+    """How many names of each side have no partner, not even a proposed one."""
+    both = [(c.key, c.entry) for c in pairs.values()]
+    both += [two for link in found.links for two in matched(link.key, link.entry)]
+    both += [two for t in found.twins for x, y in zip(t.keys, t.entries, strict=True) for two in matched(x, y)]
+    paired = [0, 0]
+    for key, entry in both:
+        same = len(key.names.keys() & entry.names.keys())
+        shifted = same < len(key.names) == len(entry.names)
+        for side, template in enumerate((key, entry)):
+            paired[side] += len(template.names) if shifted else same
+    total = [sum(len(t.names) for t in side.templates) for side in (keys, entries)]
+    return total[0] - paired[0], total[1] - paired[1]
+
+
+def _sure(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, Candidate]) -> set[Link]:
+    """Which links have enough for them to be applied.
+
+    Every word explained is enough. Less is enough only where nothing is missing on one of the sides (`closed`): where
+    tensors are missing on both, the true partner of one may be among them, and what is left over may be a stranger.
+    """
+    missing = _missing(found, keys, entries, pairs)
+    found.closed = min(missing) == 0
+    whole = max(missing) == 0 and len(keys.templates) >= _MANY
+    affixes: dict[tuple[frozenset[str], frozenset[str]], set[frozenset[str]]] = defaultdict(set)
+    repeats: dict[tuple[frozenset[str], frozenset[str]], set[Shape]] = defaultdict(set)
+    rows: dict[object, set[frozenset[Shape]]] = defaultdict(set)
+    for link in found.links:
+        affixes[link.extra].add(link.shared)
+        repeats[link.extra].update(link.key.shapes)
+        shapes = frozenset(link.key.shapes)
+        rows[link.key.path[:-1], link.entry.path[:-1]].add(shapes)
+        if link.place != ((), ()):
+            rows[link.place].add(shapes)
+    for twins in found.twins:
+        rows[twins.place].add(frozenset(twins.keys[0].shapes))
+    words = [frozenset(w for t in side.templates for s in t.path for w in side.lexicon.content(s)) for side in (keys, entries)]
+    sure = set()
+    for link in found.links:
+        a, b = link.extra
+        one_sided = (not a or not b) and link.evidence >= Evidence.SOME_WORDS
+        row = max(len(rows[link.place]), len(rows[link.key.path[:-1], link.entry.path[:-1]]), len(repeats[link.extra])) > 1
+        swapped = a <= words[1] and b <= words[0]
+        if link.evidence >= Evidence.PHRASE or (one_sided and len(affixes[link.extra]) >= _SUPPORT):
+            sure.add(link)
+        elif found.closed and (one_sided or link.evidence == Evidence.NUMBERS or (row and not swapped) or link.same_leaf):
+            sure.add(link)
+        elif whole and link.evidence == Evidence.SOME_WORDS and not _beside(link, keys, entries):
+            sure.add(link)
+    return sure
+
+
+def _beside(link: Link, keys: Side, entries: Side) -> bool:
+    """Whether the words by which two names differ are both used beside them on the other side: `q_norm` and `k_norm`."""
+    a, b = link.extra
+    if any(w[0].isdecimal() for w in a) and any(w[0].isdecimal() for w in b):
+        return True
+    around = []
+    for side, path in ((keys, link.key.path), (entries, link.entry.path)):
+        parent = path[:-1]
+        inside = (t.path[len(parent) :] for t in side.templates if t.path[: len(parent)] == parent)
+        around.append({w for rest in inside for s in rest for w in side.lexicon.content(s)})
+    return a <= around[1] and b <= around[0]
+
+
+def _items(templates: Iterable[Template]) -> list[Item]:
+    items: dict[Path, Item] = {}
+    for template in templates:
+        leaf = template.path[-1] if template.path[-1] in LEAVES and len(template.path) > 1 else ""
+        path = template.path[:-1] if leaf else template.path
+        items.setdefault(path, Item(path)).tensors[leaf, template.shape] = template
+    return list(items.values())
+
+
+def _places(pairs: Mapping[Template, Candidate], keys: Side, entries: Side) -> list[Place]:
+    """Which nodes correspond, by the pairs below them; the deepest first, the roots last."""
+    votes: dict[Path, Counter[Path]] = defaultdict(Counter)
+    for candidate in pairs.values():
+        for a, b in corresponding(candidate.key, candidate.entry, keys, entries):
+            votes[a][b] += 1
+    places = []
+    for node, images in votes.items():
+        most = max(images.values())
+        places += [(node, image) for image, count in images.items() if count == most]
+    places.append(((), ()))
+    return sorted(set(places), key=lambda place: (-len(place[0]), -len(place[1]), place))
+
+
+@dataclass(slots=True)
+class _Work:
+    keys: Side
+    entries: Side
+    keys_left: set[Item]
+    entries_left: set[Item]
+    vocabulary: bool
+
+    def _below(self, place: Place) -> tuple[list[Item], list[Item]]:
+        key, entry = place
+        a = sorted((i for i in self.keys_left if i.path[: len(key)] == key), key=lambda i: i.path)
+        b = sorted((i for i in self.entries_left if i.path[: len(entry)] == entry), key=lambda i: i.path)
+        return a, b
+
+    def by_words(self, place: Place) -> Iterator[Link]:
+        """Pairs that share more words with each other than with any rival of their shape."""
+        a, b = self._below(place)
+        if not a or not b:
+            return
+        words = _Words(self, place, a, b)
+        options = [
+            (score, x, y) for x in a for y in b if _fit(x, y) and (score := words.score(x, y)) > 0
+        ]
+        best: dict[Item, list[tuple[float, Item]]] = defaultdict(list)
+        for score, x, y in options:
+            best[x].append((score, y))
+            best[y].append((score, x))
+        for score, x, y in sorted(options, key=lambda o: (-o[0], o[1].path, o[2].path)):
+            if x not in self.keys_left or y not in self.entries_left:
+                continue
+            rivals = [s for node in (x, y) for s, other in best[node] if other is not x and other is not y]
+            rivals = [s for s in rivals]
+            if rivals and max(rivals) > score - _MARGIN:
+                continue
+            yield self._link(place, words, x, y)
+
+    def by_shapes(self, place: Place) -> Iterator[Link]:
+        """Pairs of which only one on each side has the shapes."""
+        a, b = self._below(place)
+        if not a or not b:
+            return
+        words = _Words(self, place, a, b)
+        groups: dict[frozenset[tuple[Shape, int]], tuple[list[Item], list[Item]]] = defaultdict(lambda: ([], []))
+        for side, items in enumerate((a, b)):
+            for item in items:
+                groups[frozenset(item.shapes.items())][side].append(item)
+        for xs, ys in groups.values():
+            if len(xs) == len(ys) == 1 and _fit(xs[0], ys[0]) and not words.vetoed(xs[0], ys[0]):
+                yield self._link(place, words, xs[0], ys[0])
+            elif len(xs) == len(ys) == 2 and self.vocabulary:
+                yield from self._by_phrase(place, words, xs, ys)
+            if len(xs) == len(ys) > 1 and xs[0] in self.keys_left:
+                yield from self._by_numbers(place, words, xs, ys)
+
+    def _by_phrase(self, place: Place, words: _Words, xs: list[Item], ys: list[Item]) -> Iterator[Link]:
+        said = [words.said(x, 0) for x in xs], [words.said(y, 1) for y in ys]
+        for phrase in PHRASES:
+            turns = [[_turn(w, phrase.rows) for w in side] for side in said]
+            if all(sorted(t or (9,) for t in side) == [(0,), (1,)] for side in turns):
+                for x, turn in zip(xs, turns[0], strict=True):
+                    y = ys[turns[1].index(turn)]
+                    if _fit(x, y):
+                        yield self._link(place, words, x, y, phrase=True)
+                return
+
+    def _by_numbers(self, place: Place, words: _Words, xs: list[Item], ys: list[Item]) -> Iterator[Link]:
+        """Two rows that differ by nothing but a number go together in ascending order."""
+        rows = [_row(items) for items in (xs, ys)]
+        if all(rows):
+            for x, y in zip(*rows, strict=True):
+                yield self._link(place, words, x, y, numbers=True)
+
+    def _link(
+        self, place: Place, words: _Words, x: Item, y: Item, *, phrase: bool = False, numbers: bool = False
+    ) -> Link:
+        self.keys_left.discard(x)
+        self.entries_left.discard(y)
+        a, b = words.said(x, 0), words.said(y, 1)
+        extra = a - b, b - a
+        if a and a == b and order_agrees(self.keys, x.path, self.entries, y.path):
+            evidence = Evidence.WORDS
+        elif numbers:
+            evidence = Evidence.NUMBERS
+        elif phrase or words.same_turn(x, y):
+            evidence = Evidence.PHRASE
+        elif any(not w[0].isdecimal() for w in a & b):
+            evidence = Evidence.SOME_WORDS
+        else:
+            evidence = Evidence.SHAPES
+        return Link(x, y, place, evidence, extra, a & b)
+
+    def twins(self, place: Place) -> Iterator[Twins]:
+        a, b = self._below(place)
+        groups: dict[frozenset[tuple[Shape, int]], tuple[list[Item], list[Item]]] = defaultdict(lambda: ([], []))
+        for side, items in enumerate((a, b)):
+            for item in items:
+                groups[frozenset(item.shapes.items())][side].append(item)
+        for xs, ys in groups.values():
+            if xs and len(xs) == len(ys):
+                self.keys_left.difference_update(xs)
+                self.entries_left.difference_update(ys)
+                yield Twins(tuple(xs), tuple(ys), place)
+
+
+class _Words:
+    """The words of items below a place; a word that many of them have weighs little."""
+
+    def __init__(self, work: _Work, place: Place, a: Sequence[Item], b: Sequence[Item]) -> None:
+        self.work, self.place = work, place
+        self._said: dict[Item, frozenset[str]] = {}
+        for side, items in enumerate((a, b)):
+            for item in items:
+                self._said[item] = self._read(item, side)
+        self.counts = [Counter(w for i in items for w in self._said[i]) for items in (a, b)]
+
+    def _read(self, item: Item, side: int) -> frozenset[str]:
+        lexicon = self.work.keys.lexicon
+        path = item.path[len(self.place[side]) :]
+        out = set()
+        for depth, segment in enumerate(path, len(self.place[side])):
+            stem, number = numbered(segment)
+            for word in lexicon.content(segment):
+                if word.isdecimal() and number is not None:
+                    row = (self.work.keys, self.work.entries)[side].families[item.path[:depth], stem]
+                    word = f"{word} of {min(row)}-{max(row)}"
+                if word != INDEX:
+                    out.add(word)
+        if len(item.tensors) == 1 or all(not leaf for leaf, _ in item.tensors):
+            pass
+        return frozenset(out)
+
+    def said(self, item: Item, side: int) -> frozenset[str]:
+        return self._said[item]
+
+    def score(self, x: Item, y: Item) -> float:
+        a, b = self._said[x], self._said[y]
+        if self.vetoed(x, y):
+            return 0.0
+        shared = sum(self._weight(w) for w in a & b)
+        total = sum(self._weight(w) for w in a) + sum(self._weight(w) for w in b)
+        return 2 * shared / total if total else 0.0
+
+    def _weight(self, word: str) -> float:
+        return 1 / max(1, self.counts[0][word], self.counts[1][word])
+
+    def same_turn(self, x: Item, y: Item) -> bool:
+        """Whether the vocabulary says that the two stand at the same place of one row."""
+        turns = [(_turn(self._said[x], p.rows), _turn(self._said[y], p.rows)) for p in PHRASES if self.work.vocabulary]
+        return any(a and a == b for a, b in turns)
+
+    def vetoed(self, x: Item, y: Item) -> bool:
+        """Whether the vocabulary says that the two stand at different places of one row."""
+        if not self.work.vocabulary:
+            return False
+        for phrase in PHRASES:
+            a, b = _turn(self._said[x], phrase.rows), _turn(self._said[y], phrase.rows)
+            if a and b and a != b:
+                return True
+        return False
+
+
+def _row(items: Sequence[Item]) -> list[Item]:
+    """Items whose paths differ in one number only, in its order; nothing if they do not."""
+    found = []
+    for item in items:
+        number = numbered(item.path[-1])[1]
+        if number is not None:
+            found.append((number, item))
+    stems = {(item.path[:-1], numbered(item.path[-1])[0]) for _, item in found}
+    numbers = {number for number, _ in found}
+    if len(found) < len(items) or len(stems) > 1 or len(numbers) < len(items):
+        return []
+    return [item for _, item in sorted(found, key=lambda pair: pair[0])]
+
+
+def _turn(words: frozenset[str], rows: Sequence[Sequence[str]]) -> tuple[int, ...]:
+    return tuple(sorted({turn for row in rows for turn, text in enumerate(row) if words == frozenset(text.split())}))
+
+
+def _fit(x: Item, y: Item) -> bool:
+    """Whether all tensors that both have are of one shape, and there is one."""
+    for leaf, shape in x.tensors:
+        if (leaf, shape) in y.tensors:
+            continue
+        if leaf and any(other == leaf for other, _ in y.tensors):
+            return False
+    return bool(matched(x, y))
+
+
+def matched(x: Item, y: Item) -> list[tuple[Template, Template]]:
+    """The tensors of two items that go together: by leaf and shape, or by shape where one has no layer's names."""
+    out = [(t, y.tensors[place]) for place, t in x.tensors.items() if place in y.tensors]
+    if not out and ("" in {leaf for leaf, _ in x.tensors} or "" in {leaf for leaf, _ in y.tensors}):
+        by_shape = {shape: t for (_, shape), t in y.tensors.items()}
+        out = [(t, by_shape[shape]) for (_, shape), t in x.tensors.items() if shape in by_shape]
+    return [(a, b) for a, b in out if len(next(iter(a.names))) == len(next(iter(b.names)))]
