@@ -41,18 +41,22 @@ class Side:
     lexicon: Lexicon
     paths: set[Path] = field(default_factory=set)
     segments: set[str] = field(default_factory=set)
+    parents: Counter[str] = field(default_factory=Counter)
+    words: Counter[str] = field(default_factory=Counter)
     tails: dict[Template, list[Bag]] = field(default_factory=dict)
     families: dict[tuple[Path, str], set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def __post_init__(self) -> None:
         for template in self.templates:
             self.segments.update(template.path)
+            self.words.update(word for segment in template.path for word in self.lexicon.content(segment))
             for depth, segment in enumerate(template.path):
                 stem, number = numbered(segment)
                 if number is not None:
                     self.families[template.path[:depth], stem].add(number)
             self.paths.update(template.path[:i] for i in range(len(template.path) + 1))
             self.tails[template] = list(_tails(template.path, self.lexicon))
+        self.parents.update(path[-1] for path in self.paths if path)
 
 
 def _tails(path: Path, lexicon: Lexicon) -> Iterator[Bag]:

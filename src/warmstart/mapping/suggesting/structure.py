@@ -9,7 +9,7 @@ from enum import IntEnum
 
 from warmstart.mapping.suggesting.matching import Candidate, Side, corresponding, order_agrees
 from warmstart.mapping.suggesting.templates import Path, Place, Shape, Template, numbered
-from warmstart.mapping.suggesting.vocabulary import PHRASES
+from warmstart.mapping.suggesting.vocabulary import PHRASES, Phrase
 from warmstart.mapping.suggesting.words import INDEX
 
 # The names torch's own layers give their tensors: a `bias` is never a `running_mean`.
@@ -18,7 +18,8 @@ LEAVES = frozenset(("weight", "bias", "running_mean", "running_var", "num_batche
 
 _MARGIN = 0.2  # by which a pair must beat every rival, of the share of words in common
 _SUPPORT = 3  # names that must differ by the same words before these say nothing
-_MANY = 24  # templates from which it is no chance that all of them but one have a partner
+
+Extra = tuple[frozenset[str], frozenset[str]]
 
 
 class Evidence(IntEnum):
@@ -62,13 +63,14 @@ class Link:
     entry: Item
     place: Place
     evidence: Evidence
-    extra: tuple[frozenset[str], frozenset[str]]
+    extra: Extra
     shared: frozenset[str] = frozenset()
 
     @property
-    def same_leaf(self) -> bool:
-        """Whether both end in the same name, and no layer of torch gives its tensors that name."""
-        return self.key.path[-1] == self.entry.path[-1] and "" in {leaf for leaf, _ in self.key.tensors}
+    def rows(self) -> dict[tuple[Path, ...], bool]:
+        """The rows of siblings it stands in, and whether they are siblings on both sides."""
+        a, b = self.key.path[:-1], self.entry.path[:-1]
+        return {(a, b): True} | ({(a,): False, (b,): False} if self.place != ((), ()) else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +99,8 @@ def structure(keys: Side, entries: Side, pairs: Mapping[Template, Candidate], vo
     open_entries = _items(t for t in entries.templates if t not in taken)
     found = Structure()
     places = _places(pairs, keys, entries)
-    work = _Work(keys, entries, set(open_keys), set(open_entries), vocabulary)
-    for decide in (work.by_words, work.by_shapes):
+    work = _Work(keys, entries, set(open_keys), set(open_entries), PHRASES if vocabulary else (), _modules(pairs))
+    for decide in (work.by_all_words, work.by_words, work.by_shapes):
         for place in places:
             found.links += decide(place)
     found.twins = [twins for place in places for twins in work.twins(place)]
@@ -125,50 +127,75 @@ def _sure(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, 
     """Which links have enough for them to be applied.
 
     Every word explained is enough. Less is enough only where nothing is missing on one of the sides (`closed`): where
-    tensors are missing on both, the true partner of one may be among them, and what is left over may be a stranger.
+    tensors are missing on both, the true partner of one may be among them, and what is left over may be a stranger. And
+    even there one tensor of each side may be missing that would have been the other's partner, so that a shape and a
+    place alone are never enough.
     """
-    missing = _missing(found, keys, entries, pairs)
-    found.closed = min(missing) == 0
-    whole = max(missing) == 0 and len(keys.templates) >= _MANY
-    affixes: dict[tuple[frozenset[str], frozenset[str]], set[frozenset[str]]] = defaultdict(set)
-    repeats: dict[tuple[frozenset[str], frozenset[str]], set[Shape]] = defaultdict(set)
+    found.closed = min(_missing(found, keys, entries, pairs)) == 0
+    affixes: dict[Extra, set[frozenset[str]]] = defaultdict(set)
     rows: dict[object, set[frozenset[Shape]]] = defaultdict(set)
+    repeats: dict[Extra, set[Shape]] = defaultdict(set)
     for link in found.links:
         affixes[link.extra].add(link.shared)
         repeats[link.extra].update(link.key.shapes)
-        shapes = frozenset(link.key.shapes)
-        rows[link.key.path[:-1], link.entry.path[:-1]].add(shapes)
-        if link.place != ((), ()):
-            rows[link.place].add(shapes)
+        for row in link.rows:
+            rows[row].add(frozenset(link.key.shapes))
     for twins in found.twins:
-        rows[twins.place].add(frozenset(twins.keys[0].shapes))
-    words = [frozenset(w for t in side.templates for s in t.path for w in side.lexicon.content(s)) for side in (keys, entries)]
+        rows[twins.keys[0].path[:-1], twins.entries[0].path[:-1]].add(frozenset(twins.keys[0].shapes))
+    settled = {t.path[:depth] for pair in pairs.values() for t in (pair.key, pair.entry) for depth in range(len(t.path))}
     sure = set()
     for link in found.links:
         a, b = link.extra
-        one_sided = (not a or not b) and link.evidence >= Evidence.SOME_WORDS
-        row = max(len(rows[link.place]), len(rows[link.key.path[:-1], link.entry.path[:-1]]), len(repeats[link.extra])) > 1
-        swapped = a <= words[1] and b <= words[0]
-        if link.evidence >= Evidence.PHRASE or (one_sided and len(affixes[link.extra]) >= _SUPPORT):
+        some = link.evidence >= Evidence.SOME_WORDS
+        if link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT):
             sure.add(link)
-        elif found.closed and (one_sided or link.evidence == Evidence.NUMBERS or (row and not swapped) or link.same_leaf):
-            sure.add(link)
-        elif whole and link.evidence == Evidence.SOME_WORDS and not _beside(link, keys, entries):
+            continue
+        if not found.closed:
+            continue
+        owned = a <= entries.words.keys(), b <= keys.words.keys()
+        row = any(len(rows[row]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]}) for row, together in link.rows.items())
+        if (
+            (some and not (a and b) and not any(w in entries.words for w in a) and not any(w in keys.words for w in b))
+            or ((row or len(repeats[link.extra]) > 1) and not all(owned))
+            or link.evidence == Evidence.NUMBERS
+            or _rare(link, keys, entries)
+        ) and not _crossed(link, found.links) and not _strays(link, found.links):
             sure.add(link)
     return sure
 
 
-def _beside(link: Link, keys: Side, entries: Side) -> bool:
-    """Whether the words by which two names differ are both used beside them on the other side: `q_norm` and `k_norm`."""
-    a, b = link.extra
-    if any(w[0].isdecimal() for w in a) and any(w[0].isdecimal() for w in b):
-        return True
-    around = []
-    for side, path in ((keys, link.key.path), (entries, link.entry.path)):
-        parent = path[:-1]
-        inside = (t.path[len(parent) :] for t in side.templates if t.path[: len(parent)] == parent)
-        around.append({w for rest in inside for s in rest for w in side.lexicon.content(s)})
-    return a <= around[1] and b <= around[0]
+def _strays(link: Link, links: Sequence[Link]) -> bool:
+    """Whether more of what lies beside one of the two went to another place than its own."""
+    a, b = link.key.path[:-1], link.entry.path[:-1]
+    there = Counter(o.entry.path[:-1] for o in links if o.key.path[:-1] == a)
+    back = Counter(o.key.path[:-1] for o in links if o.entry.path[:-1] == b)
+    return max(there.values()) > there[b] or max(back.values()) > back[a]
+
+
+def _crossed(link: Link, links: Sequence[Link]) -> bool:
+    """Whether the numbers of two rows would go together in another order than ascending."""
+    row = [other for other in links if (other.key.path[:-1], other.entry.path[:-1]) == (link.key.path[:-1], link.entry.path[:-1])]
+    numbers = [(numbered(o.key.path[-1])[1], numbered(o.entry.path[-1])[1]) for o in row]
+    order = sorted((a, b) for a, b in numbers if a is not None and b is not None)
+    return [b for _, b in order] != sorted(b for _, b in order)
+
+
+def _rare(link: Link, keys: Side, entries: Side) -> bool:
+    """Whether one name is the end of the other, and starts with a segment that either side has once."""
+    a, b = link.key.path, link.entry.path
+    if "" not in {leaf for leaf, _ in link.key.tensors} or a[-1] != b[-1] or len(keys.lexicon.segment(a[-1])) < 3:
+        short, long = sorted((a, b), key=len)
+        if long[len(long) - len(short) :] != short:
+            return False
+        segment = short[0]
+    else:
+        segment = a[-1]
+    return keys.parents[segment] == entries.parents[segment] == 1
+
+
+def _modules(pairs: Mapping[Template, Candidate]) -> tuple[dict[Path, Path], dict[Path, Path]]:
+    layers = [(c.key.path[:-1], c.entry.path[:-1]) for c in pairs.values() if c.key.path[-1] in LEAVES]
+    return dict(layers), {b: a for a, b in layers}
 
 
 def _items(templates: Iterable[Template]) -> list[Item]:
@@ -200,7 +227,8 @@ class _Work:
     entries: Side
     keys_left: set[Item]
     entries_left: set[Item]
-    vocabulary: bool
+    phrases: tuple[Phrase, ...]
+    modules: tuple[dict[Path, Path], dict[Path, Path]]  # of tensors in layers of torch: where the layer went
 
     def _below(self, place: Place) -> tuple[list[Item], list[Item]]:
         key, entry = place
@@ -208,14 +236,18 @@ class _Work:
         b = sorted((i for i in self.entries_left if i.path[: len(entry)] == entry), key=lambda i: i.path)
         return a, b
 
-    def by_words(self, place: Place) -> Iterator[Link]:
+    def by_all_words(self, place: Place) -> Iterator[Link]:
+        """Pairs of the same words."""
+        return self.by_words(place, least=1.0)
+
+    def by_words(self, place: Place, least: float = 0.0) -> Iterator[Link]:
         """Pairs that share more words with each other than with any rival of their shape."""
         a, b = self._below(place)
         if not a or not b:
             return
         words = _Words(self, place, a, b)
         options = [
-            (score, x, y) for x in a for y in b if _fit(x, y) and (score := words.score(x, y)) > 0
+            (score, x, y) for x in a for y in b if _fit(x, y) and (score := words.score(x, y)) > 0 and score >= least
         ]
         best: dict[Item, list[tuple[float, Item]]] = defaultdict(list)
         for score, x, y in options:
@@ -225,7 +257,6 @@ class _Work:
             if x not in self.keys_left or y not in self.entries_left:
                 continue
             rivals = [s for node in (x, y) for s, other in best[node] if other is not x and other is not y]
-            rivals = [s for s in rivals]
             if rivals and max(rivals) > score - _MARGIN:
                 continue
             yield self._link(place, words, x, y)
@@ -243,14 +274,16 @@ class _Work:
         for xs, ys in groups.values():
             if len(xs) == len(ys) == 1 and _fit(xs[0], ys[0]) and not words.vetoed(xs[0], ys[0]):
                 yield self._link(place, words, xs[0], ys[0])
-            elif len(xs) == len(ys) == 2 and self.vocabulary:
+            elif len(xs) == len(ys) == 2:
                 yield from self._by_phrase(place, words, xs, ys)
             if len(xs) == len(ys) > 1 and xs[0] in self.keys_left:
                 yield from self._by_numbers(place, words, xs, ys)
 
     def _by_phrase(self, place: Place, words: _Words, xs: list[Item], ys: list[Item]) -> Iterator[Link]:
         said = [words.said(x, 0) for x in xs], [words.said(y, 1) for y in ys]
-        for phrase in PHRASES:
+        for phrase in self.phrases:
+            if not phrase.tells:
+                continue
             turns = [[_turn(w, phrase.rows) for w in side] for side in said]
             if all(sorted(t or (9,) for t in side) == [(0,), (1,)] for side in turns):
                 for x, turn in zip(xs, turns[0], strict=True):
@@ -292,7 +325,7 @@ class _Work:
             for item in items:
                 groups[frozenset(item.shapes.items())][side].append(item)
         for xs, ys in groups.values():
-            if xs and len(xs) == len(ys):
+            if len(xs) == len(ys) > 1:
                 self.keys_left.difference_update(xs)
                 self.entries_left.difference_update(ys)
                 yield Twins(tuple(xs), tuple(ys), place)
@@ -341,18 +374,21 @@ class _Words:
 
     def same_turn(self, x: Item, y: Item) -> bool:
         """Whether the vocabulary says that the two stand at the same place of one row."""
-        turns = [(_turn(self._said[x], p.rows), _turn(self._said[y], p.rows)) for p in PHRASES if self.work.vocabulary]
-        return any(a and a == b for a, b in turns)
+        return any(a and a == b for a, b in (self._turns(x, y, p) for p in self.work.phrases if p.tells))
 
     def vetoed(self, x: Item, y: Item) -> bool:
-        """Whether the vocabulary says that the two stand at different places of one row."""
-        if not self.work.vocabulary:
-            return False
-        for phrase in PHRASES:
-            a, b = _turn(self._said[x], phrase.rows), _turn(self._said[y], phrase.rows)
-            if a and b and a != b:
-                return True
-        return False
+        """Whether a tensor beside one of them went elsewhere, or the vocabulary says they stand at different places."""
+        there, back = self.work.modules[0].get(x.path), self.work.modules[1].get(y.path)
+        if (there and there not in (y.path, y.path[:-1])) or (back and back not in (x.path, x.path[:-1])):
+            return True
+        return any(a and b and a != b for a, b in (self._turns(x, y, p) for p in self.work.phrases))
+
+    def _turns(self, x: Item, y: Item, phrase: Phrase) -> tuple[tuple[int, ...], ...]:
+        out = []
+        for item in (x, y):
+            last = frozenset(self.work.keys.lexicon.content(item.path[-1]))
+            out.append(_turn(self._said[item], phrase.rows) or _turn(last, phrase.rows))
+        return tuple(out)
 
 
 def _row(items: Sequence[Item]) -> list[Item]:
@@ -370,6 +406,7 @@ def _row(items: Sequence[Item]) -> list[Item]:
 
 
 def _turn(words: frozenset[str], rows: Sequence[Sequence[str]]) -> tuple[int, ...]:
+    words = frozenset(word.partition(" ")[0] for word in words)
     return tuple(sorted({turn for row in rows for turn, text in enumerate(row) if words == frozenset(text.split())}))
 
 

@@ -31,6 +31,7 @@ SYNONYMS = (
     Synonym(("value", "v", "wv"), "the value projection", "transformers BERT; llama; fairseq"),
     Synonym(("output", "out", "o", "wo"), "the projection after attention, or what leaves a block", "BERT; llama; CLIP"),
     Synonym(("kv", "wkv"), "keys and values in one matrix", "DeepSeek against its transformers port"),
+    Synonym(("gate", "wgate"), "a gate's matrix", "DeepSeek against its transformers port"),
     Synonym(("qkv", "wqkv", "query key value", "in proj"), "queries, keys and values in one matrix", "Megatron; timm; torch"),
     Synonym(("attention", "attn", "att", "mha"), "an abbreviation", "timm; llama; fairseq"),
     Synonym(("norm", "layernorm", "layer norm", "ln", "rmsnorm", "rms norm", "normalization"), "a normalisation layer", "all"),
@@ -44,7 +45,7 @@ SYNONYMS = (
     Synonym(("vision", "visual"), "the image side of a model of two", "CLIP against transformers"),
     Synonym(("token", "tok"), "an abbreviation", "llama"),
     Synonym(("language", "llm", "lm"), "the text side of a model of two", "multimodal ports of transformers"),
-    Synonym(("weight", "kernel", "w"), "the matrix of a layer", "Keras; T5X"),
+    Synonym(("weight", "kernel"), "the matrix of a layer", "Keras; T5X"),
     Synonym(("bias", "beta"), "the offset of a layer", "Keras; TensorFlow BERT"),
     Synonym(("class", "cls"), "an abbreviation", "BERT; timm"),
     Synonym(("image", "img"), "an abbreviation", "timm; DETR"),
@@ -68,11 +69,13 @@ class Phrase:
 
     Attributes:
         rows: Each row names the same places, in order, as one family of codebases does.
+        tells: Whether the names are evidence for the pairs; else they only speak against the others.
     """
 
     rows: tuple[tuple[str, ...], ...]
     reason: str
     source: str
+    tells: bool = True
 
 
 PHRASES = (
@@ -91,5 +94,11 @@ PHRASES = (
         (("embed norm", "final norm"), ("input norm", "norm"), ("norm pre", "norm post"), ("pre norm", "post norm")),
         "the two norms of a stack: on its embeddings, and after its last block",
         "Conformer encoders; CLIP (ln_pre, ln_post) against transformers",
+    ),
+    Phrase(
+        (("gate", "up", "down"), ("w 1", "w 3", "w 2")),
+        "the three maps of a gated MLP; which of w1 and w3 is the gate is each codebase's own choice",
+        "transformers Llama; Meta's llama",
+        tells=False,
     ),
 )
