@@ -152,16 +152,35 @@ def _sure(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, 
             continue
         if not found.closed:
             continue
-        owned = a <= entries.words.keys(), b <= keys.words.keys()
-        row = any(len(rows[row]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]}) for row, together in link.rows.items())
+        row = any(len(rows[row]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})
+                  for row, together in link.rows.items())
+        known = any(w in entries.words for w in a - LEAVES) or any(w in keys.words for w in b - LEAVES)
         if (
-            (some and not (a and b) and not any(w in entries.words for w in a) and not any(w in keys.words for w in b))
-            or ((row or len(repeats[link.extra]) > 1) and not all(owned))
+            (some and not (a and b) and not known)
+            or ((row or len(repeats[link.extra]) > 1) and not _strays(link, found.links) and not _swapped(link, keys, entries))
             or link.evidence == Evidence.NUMBERS
             or _rare(link, keys, entries)
-        ) and not _crossed(link, found.links) and not _strays(link, found.links):
+        ) and not _crossed(link, found.links):
             sure.add(link)
     return sure
+
+
+def _swapped(link: Link, keys: Side, entries: Side) -> bool:
+    """Whether both names are used on both sides, so that each has its own partner: `to_q` is not `out_proj`.
+
+    A row of numbers that starts late has lost its first.
+    """
+    said = []
+    for words, item, other in ((link.extra[0], link.key, entries), (link.extra[1], link.entry, keys)):
+        if any(w[0].isdecimal() and int(w.partition(" of ")[2].partition("-")[0] or 0) > 1 for w in words):
+            return True
+        last = other.lexicon.content(item.path[-1])
+        telling = frozenset(w for w in words if not w[0].isdecimal())
+        said.append((telling & set(last) or telling, bool(last) and all(w.isdecimal() for w in last), other))
+    bare = [only_number for _, only_number, _ in said]
+    return all(
+        any(w in other.words for w in words) and (not only_number or all(bare)) for words, only_number, other in said
+    )
 
 
 def _strays(link: Link, links: Sequence[Link]) -> bool:
@@ -374,7 +393,8 @@ class _Words:
 
     def same_turn(self, x: Item, y: Item) -> bool:
         """Whether the vocabulary says that the two stand at the same place of one row."""
-        return any(a and a == b for a, b in (self._turns(x, y, p) for p in self.work.phrases if p.tells))
+        rows = [(_turn(self._said[x], p.rows), _turn(self._said[y], p.rows)) for p in self.work.phrases if p.tells]
+        return any(a and a == b for a, b in rows)
 
     def vetoed(self, x: Item, y: Item) -> bool:
         """Whether a tensor beside one of them went elsewhere, or the vocabulary says they stand at different places."""
