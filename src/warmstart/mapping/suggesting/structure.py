@@ -56,7 +56,8 @@ class Link:
 
     Attributes:
         extra: Words that only one of them has: (the checkpoint's, the model's).
-        rivals: Paths of the model's items that fit as well or nearly.
+        shared: Words that both have.
+        doubted: Whether the vocabulary would rather have it the other way.
     """
 
     key: Item
@@ -64,7 +65,8 @@ class Link:
     place: Place
     evidence: Evidence
     extra: Extra
-    shared: frozenset[str] = frozenset()
+    shared: frozenset[str]
+    doubted: bool
 
     @property
     def rows(self) -> dict[tuple[Path, ...], bool]:
@@ -75,11 +77,17 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Twins:
-    """Items that shapes and words cannot tell apart: every one of the checkpoint's may be every one of the model's."""
+    """Items that shapes and words cannot tell apart: every one of the checkpoint's may be every one of the model's.
+
+    Attributes:
+        keys: Those of the checkpoint, in the order of the more likely reading.
+        entries: Those of the model.
+        why: What makes it the more likely one; nothing: no more than the order of names.
+    """
 
     keys: tuple[Item, ...]
     entries: tuple[Item, ...]
-    place: Place
+    why: str = ""
 
 
 @dataclass(slots=True)
@@ -150,7 +158,7 @@ def _sure(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, 
         if link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT):
             sure.add(link)
             continue
-        if not found.closed:
+        if not found.closed or link.doubted:
             continue
         row = any(len(rows[row]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})
                   for row, together in link.rows.items())
@@ -335,7 +343,7 @@ class _Work:
             evidence = Evidence.SOME_WORDS
         else:
             evidence = Evidence.SHAPES
-        return Link(x, y, place, evidence, extra, a & b)
+        return Link(x, y, place, evidence, extra, a & b, words.contradicts(x, y, tells=False))
 
     def twins(self, place: Place) -> Iterator[Twins]:
         a, b = self._below(place)
@@ -347,7 +355,16 @@ class _Work:
             if len(xs) == len(ys) > 1:
                 self.keys_left.difference_update(xs)
                 self.entries_left.difference_update(ys)
-                yield Twins(tuple(xs), tuple(ys), place)
+                yield self._likely(place, xs, ys)
+
+    def _likely(self, place: Place, xs: list[Item], ys: list[Item]) -> Twins:
+        words = _Words(self, place, xs, ys)
+        for phrase in self.phrases:
+            turns = [[words.turn(item, phrase) for item in items] for items in (xs, ys)]
+            if all(turns[0]) and sorted(turns[0]) == sorted(turns[1]) and len(set(turns[0])) == len(xs):
+                ordered = tuple(ys[turns[1].index(turn)] for turn in turns[0])
+                return Twins(tuple(xs), ordered, f"the more usual of two readings ({phrase.source})")
+        return Twins(tuple(xs), tuple(ys))
 
 
 class _Words:
@@ -401,14 +418,20 @@ class _Words:
         there, back = self.work.modules[0].get(x.path), self.work.modules[1].get(y.path)
         if (there and there not in (y.path, y.path[:-1])) or (back and back not in (x.path, x.path[:-1])):
             return True
-        return any(a and b and a != b for a, b in (self._turns(x, y, p) for p in self.work.phrases))
+        return self.contradicts(x, y, tells=True)
+
+    def contradicts(self, x: Item, y: Item, *, tells: bool) -> bool:
+        """Whether the vocabulary says that the two stand at different places of a row."""
+        turns = (self._turns(x, y, p) for p in self.work.phrases if p.tells is tells)
+        return any(a and b and a != b for a, b in turns)
 
     def _turns(self, x: Item, y: Item, phrase: Phrase) -> tuple[tuple[int, ...], ...]:
-        out = []
-        for item in (x, y):
-            last = frozenset(self.work.keys.lexicon.content(item.path[-1]))
-            out.append(_turn(self._said[item], phrase.rows) or _turn(last, phrase.rows))
-        return tuple(out)
+        return self.turn(x, phrase), self.turn(y, phrase)
+
+    def turn(self, item: Item, phrase: Phrase) -> tuple[int, ...]:
+        """Which place of a row the words of an item name, or those of its last segment; nothing if none."""
+        last = frozenset(self.work.keys.lexicon.content(item.path[-1]))
+        return _turn(self._said[item], phrase.rows) or _turn(last, phrase.rows)
 
 
 def _row(items: Sequence[Item]) -> list[Item]:
