@@ -178,6 +178,9 @@ def _swapped(link: Link, keys: Side, entries: Side) -> bool:
 
     A row of numbers that starts late has lost its first.
     """
+    above = link.key.path[:-1], link.entry.path[:-1]
+    if above[0] != above[1] and above[0] in entries.paths and above[1] in keys.paths:
+        return True
     said = []
     for words, item, other in ((link.extra[0], link.key, entries), (link.extra[1], link.entry, keys)):
         if any(w[0].isdecimal() and int(w.partition(" of ")[2].partition("-")[0] or 0) > 1 for w in words):
