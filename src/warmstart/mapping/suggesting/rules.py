@@ -50,7 +50,7 @@ class Rule:
                 out.append(segment[:-1].replace("\\", r"\\") + rf"\{count}")
             else:
                 out.append(segment.replace("\\", r"\\"))
-        return ".".join(out)
+        return ".".join(out) + ("" if self.source else ".")
 
 
 def _escaped(segment: str) -> str:
@@ -115,6 +115,8 @@ def _rule(
     places: Mapping[str, Sequence[tuple[Path, int]]],
     paths: Mapping[Path, Path],
 ) -> Rule:
+    if change.start == change.end == 0 and all(c and c[0] == change for c in changes.values()):
+        return Rule((), change.to, first=True)
     others = [c for c in changes[path] if c is not change]
     for first in (False, True) if change.start == 0 else (False,):
         for left, right in _CONTEXT:
@@ -128,8 +130,6 @@ def _rule(
             rule = Rule(path[start:end], (*path[start : change.start], *change.to, *path[change.end : end]), first)
             if _consistent(rule, changes, places, change.start - start):
                 return rule
-    if change.start == change.end == 0 and all(c and c[0] == change for c in changes.values()):
-        return Rule((), change.to, first=True)
     return _whole(path, paths[path])
 
 
@@ -190,7 +190,7 @@ def _merged(rules: Sequence[Rule]) -> dict[str, str]:
             rule = Rule((segments[0],), (*added, segments[0]), first=True)
             out[rule.regex] = rule.replacement
         else:
-            out[f"^({'|'.join(map(_literal, sorted(segments)))})"] = Rule((), (*added, r"\1")).replacement.replace(r"\\1", r"\1")
+            out[f"^({'|'.join(map(_literal, sorted(segments)))})"] = Rule((), added).replacement + r"\1"
     return out
 
 

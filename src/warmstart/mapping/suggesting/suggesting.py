@@ -1,0 +1,233 @@
+"""`suggest`: what names, shapes and structure say, as rules that a plan confirms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NoReturn
+
+from torch import nn
+
+from warmstart.checkpoints.base import Checkpoint
+from warmstart.errors import MappingError
+from warmstart.mapping.conversions.conversion import Conversion
+from warmstart.mapping.grouping import covering, listed, printable
+from warmstart.mapping.names import join, strip
+from warmstart.mapping.plan import Plan
+from warmstart.mapping.planning import make_plan
+from warmstart.mapping.pretrained import Pretrained
+from warmstart.mapping.suggesting.inference import Guess, Inference, Match, infer
+from warmstart.mapping.suggesting.rules import renames
+from warmstart.mapping.suggesting.shifts import shifted
+from warmstart.mapping.suggesting.suggestion import Coverage, Pairs, Proposal, Suggestion, Unexplained
+from warmstart.mapping.suggesting.templates import Shape
+from warmstart.mapping.suggesting.values import refuted
+from warmstart.mapping.targets import Target
+from warmstart.patterns import Patterns, PatternSet
+
+_LEAST = 0.7  # share of the tensors of one side, at least, that rules and proposals must explain
+_INFERRED = ("strip_prefix", "match", "rename", "convert")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Sides:
+    """Both sides under the names that rules see.
+
+    Attributes:
+        keys: Key without wrapper segments to its spelling.
+        key_shapes: The same keys to their shapes.
+        entries: Entry without wrapper segments, relative to `into`, to its target.
+    """
+
+    keys: dict[str, str]
+    key_shapes: dict[str, Shape]
+    entries: dict[str, Target]
+
+    @property
+    def entry_shapes(self) -> dict[str, Shape]:
+        return {name: target.shape for name, target in self.entries.items()}
+
+
+def suggest_rules(
+    model: nn.Module,
+    pretrained: Pretrained,
+    checkpoint: Checkpoint,
+    *,
+    accept: Patterns = (),
+    vocabulary: bool = True,
+    evidence: Literal["names", "values"] = "names",
+) -> Suggestion:
+    """Infer the rules by which a checkpoint goes into a model. Reads no tensor, unless `evidence="values"`.
+
+    Args:
+        model: The model, on any device; it is not touched.
+        pretrained: The source, with what is known of it (`checkpoint_key`, `select`, `into`, ...) and no rules yet.
+        checkpoint: The source, opened.
+        accept: Patterns of model entries whose proposals are to be applied as well, in their first reading.
+        vocabulary: Whether the declared synonyms of known codebases are used.
+        evidence: `"values"` lets a bounded sample of the checkpoint's tensors refute proposals.
+
+    Returns:
+        The suggestion; every pair that its rules make has been confirmed by a plan.
+
+    Raises:
+        MappingError: The two have too little in common; the message has the best partial explanation. Or `pretrained` has
+            rules already, or a pattern of `accept` names no proposal.
+    """
+    if given := [name for name in _INFERRED if name in pretrained.rules()]:
+        raise MappingError(
+            f"{', '.join(f'{name}=' for name in given)} is what suggest infers; leave it out, or load with it as it is"
+        )
+    sides = _sides(make_plan(model, [(dataclasses.replace(pretrained, strip_prefix=""), checkpoint)], _planned))
+    found = infer(sides.key_shapes, sides.entry_shapes, vocabulary=vocabulary)
+    _refuse_unrelated(found, sides, pretrained, model)
+    if evidence == "values":
+        found.guesses = [g for g in found.guesses if not refuted(g, sides.keys, sides.entries, checkpoint)]
+    guesses = _accepted(found, PatternSet(accept, where="accept"), sides)
+    ruled, mapping = _ruled(model, pretrained, checkpoint, found.sure, sides)
+    return _suggestion(ruled, mapping, guesses, sides, checkpoint, model)
+
+
+def _planned(*_: Any, **__: Any) -> NoReturn:
+    raise AssertionError("a plan made to look at is not applied")
+
+
+def _sides(plan: Plan) -> _Sides:
+    """The keys and entries that the fields of a `Pretrained` leave in."""
+    (part,) = plan.parts
+    into = plan.targets.clean_paths.get(part.pretrained.into, part.pretrained.into)
+    if bad := [error for error in plan.errors if error.kind in ("into", "collision")]:
+        raise MappingError(bad[0].message, plan=plan)
+    clean_key = plan.targets.key_cleaner()
+    left_out = set(plan.ignored)
+    keys = {clean_key(key): key for key in sorted(part.checkpoint.keys()) if key not in left_out}
+    entries = {}
+    for name in part.scope:
+        target = plan.targets.entries[name]
+        local = strip(target.clean, into)
+        if local is not None and not target.lazy:
+            entries[local] = target
+    return _Sides(keys, {clean: part.checkpoint.info(key).shape for clean, key in keys.items()}, entries)
+
+
+def _refuse_unrelated(found: Inference, sides: _Sides, pretrained: Pretrained, model: nn.Module) -> None:
+    pairs: dict[str, str] = {}
+    for match in (*found.sure, *(m for guess in found.guesses for m in guess.readings[0])):
+        pairs.update(match.names())
+    shares = len(set(pairs.values())) / max(1, len(sides.keys)), len(pairs) / max(1, len(sides.entries))
+    if max(shares) >= _LEAST:
+        return
+    name, label = type(model).__name__, printable(pretrained.short_label)
+    sure = {entry: key for match in found.sure for entry, key in match.names().items()}
+    lines = [
+        f"{label} and {name} have too little in common to suggest rules: {len(pairs):,} of {len(sides.keys):,} keys and of "
+        f"{len(sides.entries):,} entries could be paired by name and shape"
+    ]
+    if sure:
+        lines += [f"the best partial explanation ({len(sure):,} pairs):"]
+        lines += [listed(((e, "same name" if e == k else f"from {printable(k)}") for e, k in sure.items()), limit=6)]
+    lines.append(
+        "  -> if only a part of the model is meant, say which: into=\"...\"; if only a part of the file is, select=[\"...\"]; "
+        "else write the rules by hand, rename={...}"
+    )
+    raise MappingError("\n".join(lines))
+
+
+def _accepted(found: Inference, accept: PatternSet, sides: _Sides) -> list[Guess]:
+    """Moves the guesses that `accept` names to the sure ones and returns the others."""
+    if not accept:
+        return found.guesses
+    kept = []
+    for guess in found.guesses:
+        names = [sides.entries[e].clean for m in guess.readings[0] for e in m.names()]
+        if any([accept.matches(name) for name in names]):
+            found.sure += guess.readings[0]
+        else:
+            kept.append(guess)
+    if unused := accept.without_hit():
+        raise MappingError(f"accept={unused[0].text!r} names no entry that something is proposed for; leave it out")
+    return kept
+
+
+def _ruled(
+    model: nn.Module, pretrained: Pretrained, checkpoint: Checkpoint, sure: Sequence[Match], sides: _Sides
+) -> tuple[Pretrained, Pairs]:
+    """The rules of the sure pairs, and what a plan makes of them; pairs that it does not confirm are left out."""
+    wanted: dict[str, str] = {}
+    for match in sure:
+        for entry, key in match.names().items():
+            wanted[sides.entries[entry].name] = sides.keys[key]
+    rules = renames({match.key.path: match.entry.path for match in sure})
+    conversions = shifted(sure)
+    ruled = _with(pretrained, rules, conversions, sure)
+    plan = make_plan(model, [(ruled, checkpoint)], _planned)
+    extra = [a.target for a in plan.assignments if a.alias_of is None and a.target not in wanted]
+    if extra:  # equal names that were not sure: the rules leave them out
+        others = [t.clean for name, t in plan.targets.entries.items() if name not in set(extra)]
+        patterns = covering([plan.targets.entries[name].clean for name in extra], others)
+        ruled = dataclasses.replace(ruled, exclude=[*_listed(pretrained.exclude), *patterns])
+        plan = make_plan(model, [(ruled, checkpoint)], _planned)
+    confirmed = {name: keys for name, keys in plan.mapping.items() if keys == (wanted.get(name),)}
+    return ruled, confirmed
+
+
+def _listed(patterns: Patterns) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _with(
+    pretrained: Pretrained, rules: Mapping[str, str], conversions: Sequence[Conversion], sure: Sequence[Match]
+) -> Pretrained:
+    prefix = _prefix(sure)
+    if prefix:
+        return dataclasses.replace(pretrained, strip_prefix=prefix, convert=list(conversions))
+    return dataclasses.replace(pretrained, strip_prefix="", rename=dict(rules), convert=list(conversions))
+
+
+def _prefix(sure: Sequence[Match]) -> str:
+    """The leading path whose removal is all there is to do; empty if it is not."""
+    first = next((m for m in sure), None)
+    if first is None or len(first.key.path) <= len(first.entry.path):
+        return ""
+    prefix = first.key.path[: len(first.key.path) - len(first.entry.path)]
+    if any(segment.endswith("#") for segment in prefix):
+        return ""
+    return ".".join(prefix) if all(m.key.path == (*prefix, *m.entry.path) for m in sure) else ""
+
+
+def _suggestion(
+    ruled: Pretrained,
+    mapping: Pairs,
+    guesses: Iterable[Guess],
+    sides: _Sides,
+    checkpoint: Checkpoint,
+    model: nn.Module,
+) -> Suggestion:
+    proposed = []
+    for guess in guesses:
+        readings = [_spelled(reading, sides) for reading in guess.readings]
+        readings = [{e: k for e, k in reading.items() if e not in mapping} for reading in readings]
+        if readings[0]:
+            proposed.append(Proposal(readings[0], tuple(readings[1:]), guess.why, guess.why_not))
+    explained = {**mapping, **{e: k for p in proposed for e, k in p.mapping.items()}}
+    used = {key for keys in explained.values() for key in keys}
+    canonical = {sides.entries[name].canonical for name in sides.entries if sides.entries[name].name in explained}
+    left = Unexplained(
+        tuple(key for key in sides.keys.values() if key not in used),
+        tuple(t.name for t in sides.entries.values() if t.name not in explained and t.canonical not in canonical),
+    )
+    loaded = {key for keys in mapping.values() for key in keys}
+    key_sizes = {key: math.prod(checkpoint.info(key).shape) for key in sides.keys.values()}
+    entry_sizes = {t.name: t.numel for t in sides.entries.values()}
+    coverage = Coverage(
+        sum(key_sizes.get(key, 0) for key in loaded) / max(1, sum(key_sizes.values())),
+        sum(entry_sizes.get(name, 0) for name in mapping) / max(1, sum(entry_sizes.values())),
+    )
+    return Suggestion(ruled, mapping, tuple(proposed), left, coverage, type(model).__name__)
+
+
+def _spelled(reading: Iterable[Match], sides: _Sides) -> Pairs:
+    return {
+        sides.entries[entry].name: (sides.keys[key],) for match in reading for entry, key in match.names().items()
+    }
