@@ -79,9 +79,10 @@ def renames(paths: Mapping[Path, Path]) -> dict[str, str]:
         for position, segment in enumerate(path):
             places[_kind(segment)].append((path, position))
     rules: dict[Rule, None] = {}
+    known: dict[tuple[Rule, int], bool] = {}
     for path, found in changes.items():
         for change in found:
-            rules.setdefault(_rule(path, change, changes, places, paths))
+            rules.setdefault(_rule(path, change, changes, places, paths, known))
     return _completed(list(rules), changes, places, paths)
 
 
@@ -114,6 +115,7 @@ def _rule(
     changes: Mapping[Path, Sequence[Change]],
     places: Mapping[str, Sequence[tuple[Path, int]]],
     paths: Mapping[Path, Path],
+    known: dict[tuple[Rule, int], bool],
 ) -> Rule:
     if change.start == change.end == 0 and all(c and c[0] == change for c in changes.values()):
         return Rule((), change.to, first=True)
@@ -128,7 +130,9 @@ def _rule(
             if start == change.start and all(s in LEAVES or s.isdecimal() for s in path[start : change.end]) and not first:
                 continue  # `bias` or `0` alone would say too much
             rule = Rule(path[start:end], (*path[start : change.start], *change.to, *path[change.end : end]), first)
-            if _consistent(rule, changes, places, change.start - start):
+            if (rule, left) not in known:
+                known[rule, left] = _consistent(rule, changes, places, left)
+            if known[rule, left]:
                 return rule
     return _whole(path, paths[path])
 

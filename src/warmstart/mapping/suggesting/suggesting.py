@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 from torch import nn
 
@@ -14,8 +14,8 @@ from warmstart.errors import MappingError
 from warmstart.mapping.conversions.conversion import Conversion
 from warmstart.mapping.grouping import covering, listed, printable
 from warmstart.mapping.names import join, strip
-from warmstart.mapping.plan import Plan
-from warmstart.mapping.planning import make_plan
+from warmstart.mapping.part import PartPlan
+from warmstart.mapping.part_planning import plan_part
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.suggesting.inference import Guess, Inference, Match, infer
 from warmstart.mapping.suggesting.rules import renames
@@ -23,7 +23,7 @@ from warmstart.mapping.suggesting.shifts import shifted
 from warmstart.mapping.suggesting.suggestion import Coverage, Pairs, Proposal, Suggestion, Unexplained
 from warmstart.mapping.suggesting.templates import Shape
 from warmstart.mapping.suggesting.values import refuted
-from warmstart.mapping.targets import Target
+from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import Patterns, PatternSet
 
 _LEAST = 0.7  # share of the tensors of one side, at least, that rules and proposals must explain
@@ -79,32 +79,29 @@ def suggest_rules(
         raise MappingError(
             f"{', '.join(f'{name}=' for name in given)} is what suggest infers; leave it out, or load with it as it is"
         )
-    sides = _sides(make_plan(model, [(dataclasses.replace(pretrained, strip_prefix=""), checkpoint)], _planned))
+    targets = Targets.of(model)
+    sides = _sides(plan_part(0, dataclasses.replace(pretrained, strip_prefix=""), checkpoint, targets, 1), targets)
     found = infer(sides.key_shapes, sides.entry_shapes, vocabulary=vocabulary)
     _refuse_unrelated(found, sides, pretrained, model)
     if evidence == "values":
         found.guesses = [g for g in found.guesses if not refuted(g, sides.keys, sides.entries, checkpoint)]
     guesses = _accepted(found, PatternSet(accept, where="accept"), sides)
-    ruled, mapping = _ruled(model, pretrained, checkpoint, found.sure, sides)
+    ruled, mapping = _ruled(targets, pretrained, checkpoint, found.sure, sides)
     return _suggestion(ruled, mapping, guesses, sides, checkpoint, model)
 
 
-def _planned(*_: Any, **__: Any) -> NoReturn:
-    raise AssertionError("a plan made to look at is not applied")
-
-
-def _sides(plan: Plan) -> _Sides:
+def _sides(plan: PartPlan, targets: Targets) -> _Sides:
     """The keys and entries that the fields of a `Pretrained` leave in."""
-    (part,) = plan.parts
-    into = plan.targets.clean_paths.get(part.pretrained.into, part.pretrained.into)
+    part = plan.part
+    into = targets.clean_paths.get(part.pretrained.into, part.pretrained.into)
     if bad := [error for error in plan.errors if error.kind in ("into", "collision")]:
-        raise MappingError(bad[0].message, plan=plan)
-    clean_key = plan.targets.key_cleaner()
+        raise MappingError(bad[0].message)
+    clean_key = targets.key_cleaner()
     left_out = set(plan.ignored)
     keys = {clean_key(key): key for key in sorted(part.checkpoint.keys()) if key not in left_out}
     entries = {}
     for name in part.scope:
-        target = plan.targets.entries[name]
+        target = targets.entries[name]
         local = strip(target.clean, into)
         if local is not None and not target.lazy:
             entries[local] = target
@@ -151,7 +148,7 @@ def _accepted(found: Inference, accept: PatternSet, sides: _Sides) -> list[Guess
 
 
 def _ruled(
-    model: nn.Module, pretrained: Pretrained, checkpoint: Checkpoint, sure: Sequence[Match], sides: _Sides
+    targets: Targets, pretrained: Pretrained, checkpoint: Checkpoint, sure: Sequence[Match], sides: _Sides
 ) -> tuple[Pretrained, Pairs]:
     """The rules of the sure pairs, and what a plan makes of them; pairs that it does not confirm are left out."""
     wanted: dict[str, str] = {}
@@ -161,15 +158,13 @@ def _ruled(
     rules = renames({match.key.path: match.entry.path for match in sure})
     conversions = shifted(sure)
     ruled = _with(pretrained, rules, conversions, sure)
-    plan = make_plan(model, [(ruled, checkpoint)], _planned)
-    extra = [a.target for a in plan.assignments if a.alias_of is None and a.target not in wanted]
-    if extra:  # equal names that were not sure: the rules leave them out
-        others = [t.clean for name, t in plan.targets.entries.items() if name not in set(extra)]
-        patterns = covering([plan.targets.entries[name].clean for name in extra], others)
+    plan = plan_part(0, ruled, checkpoint, targets, 1)
+    if extra := plan.assigned.keys() - wanted.keys():  # equal names that are not sure: the rules leave them out
+        others = [target.clean for name, target in targets.entries.items() if name not in extra]
+        patterns = covering([targets.entries[name].clean for name in sorted(extra)], others)
         ruled = dataclasses.replace(ruled, exclude=[*_listed(pretrained.exclude), *patterns])
-        plan = make_plan(model, [(ruled, checkpoint)], _planned)
-    confirmed = {name: keys for name, keys in plan.mapping.items() if keys == (wanted.get(name),)}
-    return ruled, confirmed
+        plan = plan_part(0, ruled, checkpoint, targets, 1)
+    return ruled, {name: key.sources for name, key in plan.assigned.items() if key.sources == (wanted.get(name),)}
 
 
 def _listed(patterns: Patterns) -> list[str]:

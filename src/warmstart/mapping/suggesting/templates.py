@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from warmstart.mapping.suggesting.words import INDEX
 
@@ -70,6 +71,7 @@ def _generalised(segments: Path, lists: set[tuple[Path, str]]) -> tuple[Path, tu
     return tuple(path), tuple(indices)
 
 
+@lru_cache(maxsize=1 << 16)
 def numbered(segment: str) -> tuple[str, int | None]:
     """The stem and the number at the end of a segment: (`block`, 2) of `block2`, (``, 2) of `2`, (`norm`, None) of `norm`."""
     if _NUMBER.fullmatch(segment):
