@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ LEAVES = frozenset(("weight", "bias", "running_mean", "running_var", "num_batche
 
 
 _MARGIN = 0.2  # by which a pair must beat every rival, of the share of words in common
+_CROWD = 32  # words that more items share do not pair them
+_TWINS = 4  # more of one shape have too many readings to say them
+_LAST = chr(0x10FFFF)
 _SUPPORT = 3  # names that must differ by the same words before these say nothing
 
 Extra = tuple[frozenset[str], frozenset[str]]
@@ -151,6 +155,15 @@ def _sure(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, 
     for twins in found.twins:
         rows[twins.keys[0].path[:-1], twins.entries[0].path[:-1]].add(frozenset(twins.keys[0].shapes))
     settled = {t.path[:depth] for pair in pairs.values() for t in (pair.key, pair.entry) for depth in range(len(t.path))}
+    there: dict[Path, Counter[Path]] = defaultdict(Counter)
+    back: dict[Path, Counter[Path]] = defaultdict(Counter)
+    beside: dict[Place, list[Link]] = defaultdict(list)
+    for link in found.links:
+        above = link.key.path[:-1], link.entry.path[:-1]
+        there[above[0]][above[1]] += 1
+        back[above[1]][above[0]] += 1
+        beside[above].append(link)
+    crossed = {above: _crossed(row) for above, row in beside.items()}
     sure = set()
     for link in found.links:
         a, b = link.extra
@@ -165,10 +178,10 @@ def _sure(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, 
         known = any(w in entries.words for w in a - LEAVES) or any(w in keys.words for w in b - LEAVES)
         if (
             (some and not (a and b) and not known)
-            or ((row or len(repeats[link.extra]) > 1) and not _strays(link, found.links) and not _swapped(link, keys, entries))
+            or ((row or len(repeats[link.extra]) > 1) and not _strays(link, there, back) and not _swapped(link, keys, entries))
             or link.evidence == Evidence.NUMBERS
             or _rare(link, keys, entries)
-        ) and not _crossed(link, found.links):
+        ) and not crossed[link.key.path[:-1], link.entry.path[:-1]]:
             sure.add(link)
     return sure
 
@@ -194,18 +207,15 @@ def _swapped(link: Link, keys: Side, entries: Side) -> bool:
     )
 
 
-def _strays(link: Link, links: Sequence[Link]) -> bool:
+def _strays(link: Link, there: Mapping[Path, Counter[Path]], back: Mapping[Path, Counter[Path]]) -> bool:
     """Whether more of what lies beside one of the two went to another place than its own."""
     a, b = link.key.path[:-1], link.entry.path[:-1]
-    there = Counter(o.entry.path[:-1] for o in links if o.key.path[:-1] == a)
-    back = Counter(o.key.path[:-1] for o in links if o.entry.path[:-1] == b)
-    return max(there.values()) > there[b] or max(back.values()) > back[a]
+    return max(there[a].values()) > there[a][b] or max(back[b].values()) > back[b][a]
 
 
-def _crossed(link: Link, links: Sequence[Link]) -> bool:
+def _crossed(row: Sequence[Link]) -> bool:
     """Whether the numbers of two rows would go together in another order than ascending."""
-    row = [other for other in links if (other.key.path[:-1], other.entry.path[:-1]) == (link.key.path[:-1], link.entry.path[:-1])]
-    numbers = [(numbered(o.key.path[-1])[1], numbered(o.entry.path[-1])[1]) for o in row]
+    numbers = [(numbered(link.key.path[-1])[1], numbered(link.entry.path[-1])[1]) for link in row]
     order = sorted((a, b) for a, b in numbers if a is not None and b is not None)
     return [b for _, b in order] != sorted(b for _, b in order)
 
@@ -259,12 +269,19 @@ class _Work:
     entries_left: set[Item]
     phrases: tuple[Phrase, ...]
     modules: tuple[dict[Path, Path], dict[Path, Path]]  # of tensors in layers of torch: where the layer went
+    _sorted: list[list[Item]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._sorted = [sorted(items, key=lambda item: item.path) for items in (self.keys_left, self.entries_left)]
 
     def _below(self, place: Place) -> tuple[list[Item], list[Item]]:
-        key, entry = place
-        a = sorted((i for i in self.keys_left if i.path[: len(key)] == key), key=lambda i: i.path)
-        b = sorted((i for i in self.entries_left if i.path[: len(entry)] == entry), key=lambda i: i.path)
-        return a, b
+        """What is left below a place, in the order of paths."""
+        out = []
+        for items, left, path in zip(self._sorted, (self.keys_left, self.entries_left), place, strict=True):
+            start = bisect_left(items, path, key=lambda item: item.path)
+            end = bisect_left(items, (*path, _LAST), key=lambda item: item.path) if path else len(items)
+            out.append([item for item in items[start:end] if item in left] if left else [])
+        return out[0], out[1]
 
     def by_all_words(self, place: Place) -> Iterator[Link]:
         """Pairs of the same words."""
@@ -276,9 +293,14 @@ class _Work:
         if not a or not b:
             return
         words = _Words(self, place, a, b)
-        options = [
-            (score, x, y) for x in a for y in b if _fit(x, y) and (score := words.score(x, y)) > 0 and score >= least
-        ]
+        having: dict[str, list[Item]] = defaultdict(list)
+        for y in b:
+            for word in words.said(y):
+                having[word].append(y)
+        options = []
+        for x in a:
+            sharing = {y: None for word in sorted(words.said(x)) if len(having[word]) <= _CROWD for y in having[word]}
+            options += [(score, x, y) for y in sharing if _fit(x, y) and (score := words.score(x, y)) > 0 and score >= least]
         best: dict[Item, list[tuple[float, Item]]] = defaultdict(list)
         for score, x, y in options:
             best[x].append((score, y))
@@ -310,7 +332,7 @@ class _Work:
                 yield from self._by_numbers(place, words, xs, ys)
 
     def _by_phrase(self, place: Place, words: _Words, xs: list[Item], ys: list[Item]) -> Iterator[Link]:
-        said = [words.said(x, 0) for x in xs], [words.said(y, 1) for y in ys]
+        said = [words.said(x) for x in xs], [words.said(y) for y in ys]
         for phrase in self.phrases:
             if not phrase.tells:
                 continue
@@ -334,7 +356,7 @@ class _Work:
     ) -> Link:
         self.keys_left.discard(x)
         self.entries_left.discard(y)
-        a, b = words.said(x, 0), words.said(y, 1)
+        a, b = words.said(x), words.said(y)
         extra = a - b, b - a
         if a and a == b and order_agrees(self.keys, x.path, self.entries, y.path):
             evidence = Evidence.WORDS
@@ -355,7 +377,7 @@ class _Work:
             for item in items:
                 groups[frozenset(item.shapes.items())][side].append(item)
         for xs, ys in groups.values():
-            if len(xs) == len(ys) > 1:
+            if 1 < len(xs) == len(ys) <= _TWINS:
                 self.keys_left.difference_update(xs)
                 self.entries_left.difference_update(ys)
                 yield self._likely(place, xs, ys)
@@ -397,7 +419,7 @@ class _Words:
             pass
         return frozenset(out)
 
-    def said(self, item: Item, side: int) -> frozenset[str]:
+    def said(self, item: Item) -> frozenset[str]:
         return self._said[item]
 
     def score(self, x: Item, y: Item) -> float:

@@ -26,7 +26,9 @@ from warmstart.mapping.suggesting.values import refuted
 from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import Patterns, PatternSet
 
-_LEAST = 0.7  # share of the tensors of one side, at least, that rules and proposals must explain
+# Shares of the tensors of the smaller side, at least, that rules and proposals together must explain, and rules alone.
+_LEAST = 0.7
+_SURE = 0.1
 _INFERRED = ("strip_prefix", "match", "rename", "convert")
 
 
@@ -109,14 +111,15 @@ def _sides(plan: PartPlan, targets: Targets) -> _Sides:
 
 
 def _refuse_unrelated(found: Inference, sides: _Sides, pretrained: Pretrained, model: nn.Module) -> None:
-    pairs: dict[str, str] = {}
-    for match in (*found.sure, *(m for guess in found.guesses for m in guess.readings[0])):
-        pairs.update(match.names())
-    shares = len(set(pairs.values())) / max(1, len(sides.keys)), len(pairs) / max(1, len(sides.entries))
-    if max(shares) >= _LEAST:
+    sure = {entry: key for match in found.sure for entry, key in match.names().items()}
+    pairs = dict(sure)
+    for guess in found.guesses:
+        for match in guess.readings[0]:
+            pairs.update(match.names())
+    least = max(1, min(len(sides.keys), len(sides.entries)))
+    if len(pairs) >= _LEAST * least and len(sure) >= _SURE * least:
         return
     name, label = type(model).__name__, printable(pretrained.short_label)
-    sure = {entry: key for match in found.sure for entry, key in match.names().items()}
     lines = [
         f"{label} and {name} have too little in common to suggest rules: {len(pairs):,} of {len(sides.keys):,} keys and of "
         f"{len(sides.entries):,} entries could be paired by name and shape"
