@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import lru_cache
 
 from warmstart.mapping.suggesting.matching import Candidate, Side, corresponding, order_agrees
 from warmstart.mapping.suggesting.templates import Path, Place, Shape, Template, numbered
@@ -473,7 +474,8 @@ def _row(items: Sequence[Item]) -> list[Item]:
     return [item for _, item in sorted(found, key=lambda pair: pair[0])]
 
 
-def _turn(words: frozenset[str], rows: Sequence[Sequence[str]]) -> tuple[int, ...]:
+@lru_cache(maxsize=1 << 14)
+def _turn(words: frozenset[str], rows: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
     words = frozenset(word.partition(" ")[0] for word in words)
     return tuple(sorted({turn for row in rows for turn, text in enumerate(row) if words == frozenset(text.split())}))
 
