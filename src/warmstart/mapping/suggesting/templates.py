@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -44,18 +44,24 @@ def index_positions(path: Path) -> list[int]:
     return [i for i, segment in enumerate(path) if segment.endswith(INDEX)]
 
 
-def templates(shapes: Mapping[str, Shape]) -> list[Template]:
-    """The templates of one side, in the order of their first names. Linear in the number of names and their depth."""
-    split = {name: tuple(name.split(".")) for name in shapes}
-    lists = _lists(split, shapes)
-    found: dict[tuple[Path, Shape], Template] = {}
-    for name, segments in split.items():
-        path, indices = _generalised(segments, lists)
-        template = found.get((path, shapes[name]))
-        if template is None:
-            template = found[path, shapes[name]] = Template(path, shapes[name])
-        template.names[indices] = name
-    return list(found.values())
+def templates(*sides: Mapping[str, Shape]) -> list[list[Template]]:
+    """The templates of each side, in the order of their first names. Linear in the number of names and their depth.
+
+    What is a list is decided for all sides together: a model of one layer has the list that its checkpoint has.
+    """
+    split = [{name: tuple(name.split(".")) for name in shapes} for shapes in sides]
+    lists = _lists(split, sides)
+    out = []
+    for shapes, names in zip(sides, split, strict=True):
+        found: dict[tuple[Path, Shape], Template] = {}
+        for name, segments in names.items():
+            path, indices = _generalised(segments, lists)
+            template = found.get((path, shapes[name]))
+            if template is None:
+                template = found[path, shapes[name]] = Template(path, shapes[name])
+            template.names[indices] = name
+        out.append(list(found.values()))
+    return out
 
 
 def _generalised(segments: Path, lists: set[tuple[Path, str]]) -> tuple[Path, tuple[int, ...]]:
@@ -80,19 +86,35 @@ def numbered(segment: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (segment, None)
 
 
-def _lists(split: Mapping[str, Path], shapes: Mapping[str, Shape]) -> set[tuple[Path, str]]:
+def _lists(split: Sequence[Mapping[str, Path]], sides: Sequence[Mapping[str, Shape]]) -> set[tuple[Path, str]]:
     """Which (parent, stem) hold the like items of a list. Decided from the root down, as parents are generalised first."""
     lists: set[tuple[Path, str]] = set()
-    level = [((), segments, shapes[name]) for name, segments in split.items()]
-    while level:
-        items: dict[tuple[Path, str], dict[int, list[tuple[Path, Shape]]]] = defaultdict(lambda: defaultdict(list))
-        for parent, rest, shape in level:
-            stem, number = numbered(rest[0])
-            if number is not None and len(rest) > 1:
-                items[parent, stem][number].append((rest[1:], shape))
-        lists.update(place for place, children in items.items() if _alike(place[1], children))
-        level = [((*parent, s), rest[1:], shape) for parent, rest, shape in level for s in _step(parent, rest, lists)]
+    levels = [
+        [((), segments, shapes[name]) for name, segments in names.items()]
+        for names, shapes in zip(split, sides, strict=True)
+    ]
+    while any(levels):
+        verdicts: dict[tuple[Path, str], list[bool | None]] = defaultdict(list)
+        for level in levels:
+            for place, items in _numbered_items(level).items():
+                verdicts[place].append(_alike(place[1], items))
+        lists.update(place for place, said in verdicts.items() if True in said and False not in said)
+        levels = [
+            [((*parent, s), rest[1:], shape) for parent, rest, shape in level for s in _step(parent, rest, lists)]
+            for level in levels
+        ]
     return lists
+
+
+def _numbered_items(
+    level: Iterable[tuple[Path, Path, Shape]],
+) -> dict[tuple[Path, str], dict[int, list[tuple[Path, Shape]]]]:
+    items: dict[tuple[Path, str], dict[int, list[tuple[Path, Shape]]]] = defaultdict(lambda: defaultdict(list))
+    for parent, rest, shape in level:
+        stem, number = numbered(rest[0])
+        if number is not None and len(rest) > 1:
+            items[parent, stem][number].append((rest[1:], shape))
+    return items
 
 
 def _step(parent: Path, rest: Path, lists: set[tuple[Path, str]]) -> Iterator[str]:
@@ -101,11 +123,14 @@ def _step(parent: Path, rest: Path, lists: set[tuple[Path, str]]) -> Iterator[st
         yield stem + INDEX if number is not None and (parent, stem) in lists else rest[0]
 
 
-def _alike(stem: str, children: Mapping[int, list[tuple[Path, Shape]]]) -> bool:
-    """Whether numbered siblings are the items of one list: the same tensors of the same shapes in most of them."""
+def _alike(stem: str, children: Mapping[int, list[tuple[Path, Shape]]]) -> bool | None:
+    """Whether numbered siblings are the items of one list: the same tensors of the same shapes in most of them.
+
+    None where there are too few to tell.
+    """
     bare = all(len(rest) == 1 for tails in children.values() for rest, _ in tails)
-    if len(children) < (_LIST if bare else _STEMS if stem else 2):
-        return False
+    if len(children) < (_LIST if bare else _STEMS if stem else 1):
+        return None
     if stem and max(children) - min(children) >= 2 * len(children):
         return False
     by_tail: dict[Path, Counter[Shape]] = defaultdict(Counter)
