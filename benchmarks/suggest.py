@@ -197,7 +197,8 @@ def chosen_pairs(path: Path, half: str) -> list[Pair]:
     return [
         Pair(
             name,
-            *({key: tuple(shape) for key, shape in data[name][side].items()} for side in ("checkpoint", "model")),
+            {key: tuple(shape) for key, shape in data[name]["checkpoint"].items()},
+            {key: tuple(shape) for key, shape in data[name]["model"].items()},
             data[name]["truth"],
         )
         for name in names

@@ -22,7 +22,9 @@ def test_equal_names_need_no_rule():
 
 
 def test_one_word_is_one_rule_everywhere():
-    pairs = {f"{side}.layers.#.attn.{x}.weight": f"{side}.layers.#.self_attn.{x}.weight" for side in "ab" for x in "qkv"}
+    pairs = {
+        f"{side}.layers.#.attn.{x}.weight": f"{side}.layers.#.self_attn.{x}.weight" for side in "ab" for x in "qkv"
+    }
     assert ruled(pairs) == {"attn": "self_attn"}
 
 
@@ -31,7 +33,11 @@ def test_a_prefix_for_all_is_the_start():
 
 
 def test_a_prefix_for_some_names_them_in_one_rule():
-    pairs = {"layers.#.a": "text.layers.#.a", "norm.weight": "text.norm.weight", "vision.layers.#.a": "vision.layers.#.a"}
+    pairs = {
+        "layers.#.a": "text.layers.#.a",
+        "norm.weight": "text.norm.weight",
+        "vision.layers.#.a": "vision.layers.#.a",
+    }
     assert ruled(pairs) == {"^(layers|norm)": r"text.\1"}
 
 

@@ -79,7 +79,9 @@ def test_equal_names_need_no_rule(suggest):
 
 def test_a_prefix_alone_is_stripped(suggest):
     keys, _, _ = bert()
-    assert suggest({f"module_.net.{k}": v for k, v in keys.items()}, keys).pretrained.rules() == {"strip_prefix": "module_.net"}
+    assert suggest({f"module_.net.{k}": v for k, v in keys.items()}, keys).pretrained.rules() == {
+        "strip_prefix": "module_.net"
+    }
 
 
 def test_a_prefix_alone_is_added(suggest):
@@ -173,7 +175,11 @@ def test_nothing_sure_is_wrong_whatever_is_dropped(seed, what):
     chance = random.Random(seed)
 
     def kept(names):
-        kind = (lambda n: n) if what == "names" else (lambda n: ".".join("#" if s.isdecimal() else s for s in n.split(".")))
+        kind = (
+            (lambda n: n)
+            if what == "names"
+            else (lambda n: ".".join("#" if s.isdecimal() else s for s in n.split(".")))
+        )
         gone = {k for k in sorted({kind(n) for n in names}) if chance.random() < 0.15}
         return {n: s for n, s in names.items() if kind(n) not in gone}
 
@@ -234,7 +240,9 @@ def test_lists_with_gaps_that_start_differently_are_said_both_ways(suggest):
 
 def test_unrelated_sides_are_an_error_with_the_best_partial_explanation(suggest):
     keys, _, _ = bert()
-    other = {f"features.{i}.conv.weight": (4, 4, 3, 3) for i in range(20)} | {"bert.encoder.layer.0.output.dense.bias": (D,)}
+    other = {f"features.{i}.conv.weight": (4, 4, 3, 3) for i in range(20)} | {
+        "bert.encoder.layer.0.output.dense.bias": (D,)
+    }
     with pytest.raises(MappingError, match="too little in common") as error:
         suggest(keys, other)
     assert "1 of 37 keys" in str(error.value)
@@ -291,8 +299,18 @@ def test_tied_entries_are_explained_by_their_twin():
 
 def test_values_refute_a_proposal():
     """A norm's weight is near one; what lies near zero is its bias, whatever shape says."""
-    model = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(5, bias=False), "fc": nn.Linear(5, 3)}) for _ in range(3))})
-    source = {f"blocks.{i}.fc.{leaf}": torch.randn(shape) for i in range(3) for leaf, shape in (("weight", (3, 5)), ("bias", (3,)))}
+    model = nn.ModuleDict(
+        {
+            "blocks": nn.ModuleList(
+                nn.ModuleDict({"norm": nn.LayerNorm(5, bias=False), "fc": nn.Linear(5, 3)}) for _ in range(3)
+            )
+        }
+    )
+    source = {
+        f"blocks.{i}.fc.{leaf}": torch.randn(shape)
+        for i in range(3)
+        for leaf, shape in (("weight", (3, 5)), ("bias", (3,)))
+    }
     source |= {f"blocks.{i}.shift.weight": torch.zeros(5) for i in range(3)}
     checkpoint = warmstart.open_checkpoint(source)
     by_names = suggest_rules(model, Pretrained(source), checkpoint)

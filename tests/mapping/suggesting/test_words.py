@@ -25,7 +25,9 @@ def test_spellings_of_one_thing(one, other):
     assert Lexicon().content(one) == Lexicon().content(other)
 
 
-@pytest.mark.parametrize(("one", "other"), [("norm1", "norm2"), ("query", "key"), ("encoder", "decoder"), ("fc1", "fc2")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("norm1", "norm2"), ("query", "key"), ("encoder", "decoder"), ("fc1", "fc2")]
+)
 def test_spellings_of_two_things(one, other):
     assert Lexicon().content(one) != Lexicon().content(other)
 

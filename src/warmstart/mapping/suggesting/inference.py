@@ -80,7 +80,8 @@ def infer(keys: Mapping[str, Shape], entries: Mapping[str, Shape], *, vocabulary
         entries: The model's.
         vocabulary: Whether to use the declared synonyms.
     """
-    found = Inference(*templates(keys, entries))
+    both = templates(keys, entries)
+    found = Inference(both[0], both[1])
     lexicon = Lexicon(vocabulary)
     a, b = Side(found.keys, lexicon), Side(found.entries, lexicon)
     lists = ListSets.of(found.keys), ListSets.of(found.entries)

@@ -117,9 +117,9 @@ def order_agrees(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
     a, b = ([w for s in path for w in keys.lexicon.content(s)] for path in (key, entry))
     if a == b:
         return True
-    return not any(s in entries.segments for s in key if s not in entry and len(keys.lexicon.content(s)) > 1) and not any(
-        s in keys.segments for s in entry if s not in key and len(keys.lexicon.content(s)) > 1
-    )
+    return not any(
+        s in entries.segments for s in key if s not in entry and len(keys.lexicon.content(s)) > 1
+    ) and not any(s in keys.segments for s in entry if s not in key and len(keys.lexicon.content(s)) > 1)
 
 
 def _numbers_agree(keys: Side, key: Template, start: int, entries: Side, entry: Template, other: int) -> bool:
@@ -154,9 +154,9 @@ def pair(keys: Side, entries: Side) -> dict[Template, Candidate]:
             votes[option.place].add((option.tail, key.shape))
     chosen: dict[Template, Candidate] = {}
     for key, options in found.items():
-        option = _best(options, votes, keys, entries)
-        if option is not None:
-            chosen[key] = option
+        best = _best(options, votes, keys, entries)
+        if best is not None:
+            chosen[key] = best
     chosen = _mutual(chosen, found, votes)
     return _together(chosen, keys, entries)
 
@@ -237,10 +237,7 @@ def _together(chosen: dict[Template, Candidate], keys: Side, entries: Side) -> d
     kept = {}
     for key, option in chosen.items():
         a, b = option.key.path, option.entry.path
-        if all(
-            _goes_along(x, y, images[side], voters[side])
-            for side, x, y in ((0, a, b), (1, b, a))
-        ):
+        if all(_goes_along(x, y, images[side], voters[side]) for side, x, y in ((0, a, b), (1, b, a))):
             kept[key] = option
     return kept
 

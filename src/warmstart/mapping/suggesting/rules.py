@@ -127,7 +127,11 @@ def _rule(
                 continue
             if any(c.start < end and start < c.end for c in others):
                 continue
-            if start == change.start and all(s in LEAVES or s.isdecimal() for s in path[start : change.end]) and not first:
+            if (
+                start == change.start
+                and all(s in LEAVES or s.isdecimal() for s in path[start : change.end])
+                and not first
+            ):
                 continue  # `bias` or `0` alone would say too much
             rule = Rule(path[start:end], (*path[start : change.start], *change.to, *path[change.end : end]), first)
             if (rule, left) not in known:
@@ -149,7 +153,9 @@ def _consistent(
         there = path[at : at + length]
         if len(there) < length or (rule.first and at > 0) or not all(map(_meets, rule.source, there)):
             continue
-        inside = [c for c in changes[path] if c.start < at + length and at < c.end or at <= c.start == c.end < at + length]
+        inside = [
+            c for c in changes[path] if (c.start < at + length and at < c.end) or at <= c.start == c.end < at + length
+        ]
         if len(inside) != 1:
             return False
         change = inside[0]
@@ -162,7 +168,9 @@ def _consistent(
 
 def _kind(segment: str) -> str:
     """Segments that one rule may meet: numbers and indices are of one kind."""
-    return segment.rstrip(INDEX + "0123456789") + INDEX if segment[-1:] == INDEX or segment[-1:].isdecimal() else segment
+    return (
+        segment.rstrip(INDEX + "0123456789") + INDEX if segment[-1:] == INDEX or segment[-1:].isdecimal() else segment
+    )
 
 
 def _meets(ruled: str, segment: str) -> bool:

@@ -15,7 +15,9 @@ from warmstart.mapping.suggesting.vocabulary import PHRASES, Phrase
 from warmstart.mapping.suggesting.words import INDEX
 
 # The names torch's own layers give their tensors: a `bias` is never a `running_mean`.
-LEAVES = frozenset(("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias"))
+LEAVES = frozenset(
+    ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias")
+)
 
 
 _MARGIN = 0.2  # by which a pair must beat every rival, of the share of words in common
@@ -155,7 +157,9 @@ def _sure(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, 
             rows[row].add(frozenset(link.key.shapes))
     for twins in found.twins:
         rows[twins.keys[0].path[:-1], twins.entries[0].path[:-1]].add(frozenset(twins.keys[0].shapes))
-    settled = {t.path[:depth] for pair in pairs.values() for t in (pair.key, pair.entry) for depth in range(len(t.path))}
+    settled = {
+        t.path[:depth] for pair in pairs.values() for t in (pair.key, pair.entry) for depth in range(len(t.path))
+    }
     there: dict[Path, Counter[Path]] = defaultdict(Counter)
     back: dict[Path, Counter[Path]] = defaultdict(Counter)
     beside: dict[Place, list[Link]] = defaultdict(list)
@@ -174,12 +178,18 @@ def _sure(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, 
             continue
         if not found.closed or link.doubted:
             continue
-        row = any(len(rows[row]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})
-                  for row, together in link.rows.items())
+        row = any(
+            len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})
+            for places, together in link.rows.items()
+        )
         known = any(w in entries.words for w in a - LEAVES) or any(w in keys.words for w in b - LEAVES)
         if (
             (some and not (a and b) and not known)
-            or ((row or len(repeats[link.extra]) > 1) and not _strays(link, there, back) and not _swapped(link, keys, entries))
+            or (
+                (row or len(repeats[link.extra]) > 1)
+                and not _strays(link, there, back)
+                and not _swapped(link, keys, entries)
+            )
             or link.evidence == Evidence.NUMBERS
             or _rare(link, keys, entries)
         ) and not crossed[link.key.path[:-1], link.entry.path[:-1]]:
@@ -301,7 +311,9 @@ class _Work:
         options = []
         for x in a:
             sharing = {y: None for word in sorted(words.said(x)) if len(having[word]) <= _CROWD for y in having[word]}
-            options += [(score, x, y) for y in sharing if _fit(x, y) and (score := words.score(x, y)) > 0 and score >= least]
+            options += [
+                (score, x, y) for y in sharing if _fit(x, y) and (score := words.score(x, y)) > 0 and score >= least
+            ]
         best: dict[Item, list[tuple[float, Item]]] = defaultdict(list)
         for score, x, y in options:
             best[x].append((score, y))

@@ -13,7 +13,7 @@ from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
 from warmstart.mapping.conversions.conversion import Conversion
 from warmstart.mapping.grouping import covering, listed, printable
-from warmstart.mapping.names import join, strip
+from warmstart.mapping.names import strip
 from warmstart.mapping.part import PartPlan
 from warmstart.mapping.part_planning import plan_part
 from warmstart.mapping.pretrained import Pretrained
@@ -120,15 +120,16 @@ def _refuse_unrelated(found: Inference, sides: _Sides, pretrained: Pretrained, m
     if len(pairs) >= _LEAST * least and len(sure) >= _SURE * least:
         return
     name, label = type(model).__name__, printable(pretrained.short_label)
-    lines = [
+    lead = (
         f"{label} and {name} have too little in common to suggest rules: {len(pairs):,} of {len(sides.keys):,} keys and of "
         f"{len(sides.entries):,} entries could be paired by name and shape"
-    ]
+    )
+    lines = [lead]
     if sure:
         lines += [f"the best partial explanation ({len(sure):,} pairs):"]
         lines += [listed(((e, "same name" if e == k else f"from {printable(k)}") for e, k in sure.items()), limit=6)]
     lines.append(
-        "  -> if only a part of the model is meant, say which: into=\"...\"; if only a part of the file is, select=[\"...\"]; "
+        '  -> if only a part of the model is meant, say which: into="..."; if only a part of the file is, select=["..."]; '
         "else write the rules by hand, rename={...}"
     )
     raise MappingError("\n".join(lines))
@@ -141,7 +142,7 @@ def _accepted(found: Inference, accept: PatternSet, sides: _Sides) -> list[Guess
     kept = []
     for guess in found.guesses:
         names = [sides.entries[e].clean for m in guess.readings[0] for e in m.names()]
-        if any([accept.matches(name) for name in names]):
+        if accept.matches(*names):
             found.sure += guess.readings[0]
         else:
             kept.append(guess)
@@ -226,6 +227,4 @@ def _suggestion(
 
 
 def _spelled(reading: Iterable[Match], sides: _Sides) -> Pairs:
-    return {
-        sides.entries[entry].name: (sides.keys[key],) for match in reading for entry, key in match.names().items()
-    }
+    return {sides.entries[entry].name: (sides.keys[key],) for match in reading for entry, key in match.names().items()}

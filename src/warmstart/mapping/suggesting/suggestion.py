@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,15 +95,18 @@ class Suggestion:
     def _head(self) -> list[str]:
         keys = len({key for sources in self.mapping.values() for key in sources})
         label = printable(self.pretrained.short_label)
-        return [
+        line = (
             f"{label} -> {self.model_name}: {len(self.mapping):,} entries from {keys:,} keys, sure; "
             f"{_percent(self.coverage.model)} of the model, {_percent(self.coverage.checkpoint)} of the checkpoint"
-        ]
+        )
+        return [line]
 
     def _open(self) -> list[str]:
         out: list[str] = []
         if self.proposed:
-            out.append(f"proposed, not applied; to take one: accept=[...] with patterns of its entries ({len(self.proposed)})")
+            out.append(
+                f"proposed, not applied; to take one: accept=[...] with patterns of its entries ({len(self.proposed)})"
+            )
             for proposal in self.proposed[:_SHOWN]:
                 out += [f"  {line}" for line in str(proposal).split("\n")]
             if len(self.proposed) > _SHOWN:
@@ -137,7 +140,3 @@ def _yaml(name: str, value: Any) -> list[str]:
     if isinstance(value, list | tuple) and value and all(isinstance(item, Mapping) for item in value):
         return [f"{name}:", *(f"  - {json.dumps(item)}" for item in value)]
     return [f"{name}: {json.dumps(value)}"]
-
-
-def elements(names: Iterable[str], sizes: Mapping[str, int]) -> int:
-    return sum(sizes[name] for name in names)

@@ -89,7 +89,7 @@ def numbered(segment: str) -> tuple[str, int | None]:
 def _lists(split: Sequence[Mapping[str, Path]], sides: Sequence[Mapping[str, Shape]]) -> set[tuple[Path, str]]:
     """Which (parent, stem) hold the like items of a list. Decided from the root down, as parents are generalised first."""
     lists: set[tuple[Path, str]] = set()
-    levels = [
+    levels: list[list[tuple[Path, Path, Shape]]] = [
         [((), segments, shapes[name]) for name, segments in names.items()]
         for names, shapes in zip(split, sides, strict=True)
     ]

@@ -29,13 +29,23 @@ SYNONYMS = (
     Synonym(("query", "q", "wq", "theta"), "the query projection", "transformers BERT; llama; Megatron; fairseq"),
     Synonym(("key", "k", "wk"), "the key projection", "transformers BERT; llama; fairseq"),
     Synonym(("value", "v", "wv"), "the value projection", "transformers BERT; llama; fairseq"),
-    Synonym(("output", "out", "o", "wo"), "the projection after attention, or what leaves a block", "BERT; llama; CLIP"),
+    Synonym(
+        ("output", "out", "o", "wo"), "the projection after attention, or what leaves a block", "BERT; llama; CLIP"
+    ),
     Synonym(("kv", "wkv"), "keys and values in one matrix", "DeepSeek against its transformers port"),
     Synonym(("gate", "wgate"), "a gate's matrix", "DeepSeek against its transformers port"),
-    Synonym(("qkv", "wqkv", "query key value", "in proj"), "queries, keys and values in one matrix", "Megatron; timm; torch"),
+    Synonym(
+        ("qkv", "wqkv", "query key value", "in proj"), "queries, keys and values in one matrix", "Megatron; timm; torch"
+    ),
     Synonym(("attention", "attn", "att", "mha"), "an abbreviation", "timm; llama; fairseq"),
-    Synonym(("norm", "layernorm", "layer norm", "ln", "rmsnorm", "rms norm", "normalization"), "a normalisation layer", "all"),
-    Synonym(("mlp", "ffn", "feed forward", "feedforward"), "the position-wise network of a block", "timm; llama; OpenNMT"),
+    Synonym(
+        ("norm", "layernorm", "layer norm", "ln", "rmsnorm", "rms norm", "normalization"),
+        "a normalisation layer",
+        "all",
+    ),
+    Synonym(
+        ("mlp", "ffn", "feed forward", "feedforward"), "the position-wise network of a block", "timm; llama; OpenNMT"
+    ),
     Synonym(("embed", "embedding", "emb", "embedder"), "an abbreviation", "all"),
     Synonym(("position", "pos", "positional"), "an abbreviation", "timm; CLIP"),
     Synonym(("conv", "conv1d", "conv2d", "conv3d", "convolution"), "the dimension is in the shape", "all; detectron2"),
