@@ -24,13 +24,14 @@ def shifted(sure: Sequence[Match]) -> list[Conversion]:
                 for position, segment in enumerate(match.entry.path[: last + 1]):
                     if segment.endswith(INDEX):
                         by = offsets[position] if change else 0
-                        path.append(_literal(segment[:-1]) + f"{{i{position}{f'{by:+d}' if by else ''}}}")
+                        path.append(literal(segment[:-1]) + f"{{i{position}{f'{by:+d}' if by else ''}}}")
                     else:
-                        path.append(_literal(segment))
+                        path.append(literal(segment))
                 sides.append(".".join([*path, "{rest...}"]))
             found.setdefault((sides[0], sides[1]))
     return [Conversion(source, target) for source, target in found]
 
 
-def _literal(segment: str) -> str:
+def literal(segment: str) -> str:
+    """A segment as it stands in a conversion's template."""
     return segment.replace("{", "{{").replace("}", "}}")

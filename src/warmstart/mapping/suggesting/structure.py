@@ -153,8 +153,8 @@ def _sure(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, 
     for link in found.links:
         affixes[link.extra].add(link.shared)
         repeats[link.extra].update(link.key.shapes)
-        for row in link.rows:
-            rows[row].add(frozenset(link.key.shapes))
+        for places in link.rows:
+            rows[places].add(frozenset(link.key.shapes))
     for twins in found.twins:
         rows[twins.keys[0].path[:-1], twins.entries[0].path[:-1]].add(frozenset(twins.keys[0].shapes))
     settled = {

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import nn
 
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
-from warmstart.mapping.conversions.conversion import Conversion
 from warmstart.mapping.grouping import covering, listed, printable
 from warmstart.mapping.names import strip
 from warmstart.mapping.part import PartPlan
 from warmstart.mapping.part_planning import plan_part
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.suggesting.inference import Guess, Inference, Match, infer
+from warmstart.mapping.suggesting.reshaping import Reshaping, doubt_squares, reshapings
 from warmstart.mapping.suggesting.rules import renames
 from warmstart.mapping.suggesting.shifts import shifted
 from warmstart.mapping.suggesting.suggestion import Coverage, Pairs, Proposal, Suggestion, Unexplained
@@ -84,12 +84,17 @@ def suggest_rules(
     targets = Targets.of(model)
     sides = _sides(plan_part(0, dataclasses.replace(pretrained, strip_prefix=""), checkpoint, targets, 1), targets)
     found = infer(sides.key_shapes, sides.entry_shapes, vocabulary=vocabulary)
-    _refuse_unrelated(found, sides, pretrained, model)
+    made = reshapings(found, _renames(found), vocabulary=vocabulary)
+    doubt_squares(found, made)
+    _refuse_unrelated(found, made, sides, pretrained, model)
     if evidence == "values":
         found.guesses = [g for g in found.guesses if not refuted(g, sides.keys, sides.entries, checkpoint)]
-    guesses = _accepted(found, PatternSet(accept, where="accept"), sides)
-    ruled, mapping = _ruled(targets, pretrained, checkpoint, found.sure, sides)
-    return _suggestion(ruled, mapping, guesses, sides, checkpoint, model)
+    patterns = PatternSet(accept, where="accept")
+    open_guesses, open_made = _accepted(found, made, patterns, sides)
+    ruled, mapping = _ruled(targets, pretrained, checkpoint, found, [r for r in made if r not in open_made], sides)
+    proposed = [_guessed(guess, mapping, sides) for guess in open_guesses]
+    proposed += [Proposal(_named(r, sides), (), r.why, r.doubt) for r in open_made]
+    return _suggestion(ruled, mapping, [p for p in proposed if p.mapping], sides, checkpoint, model)
 
 
 def _sides(plan: PartPlan, targets: Targets) -> _Sides:
@@ -110,9 +115,11 @@ def _sides(plan: PartPlan, targets: Targets) -> _Sides:
     return _Sides(keys, {clean: part.checkpoint.info(key).shape for clean, key in keys.items()}, entries)
 
 
-def _refuse_unrelated(found: Inference, sides: _Sides, pretrained: Pretrained, model: nn.Module) -> None:
+def _refuse_unrelated(
+    found: Inference, made: Iterable[Reshaping], sides: _Sides, pretrained: Pretrained, model: nn.Module
+) -> None:
     sure = {entry: key for match in found.sure for entry, key in match.names().items()}
-    pairs = dict(sure)
+    pairs = {entry: keys[0] for reshaping in made for entry, keys in reshaping.mapping.items()} | sure
     for guess in found.guesses:
         for match in guess.readings[0]:
             pairs.update(match.names())
@@ -135,53 +142,66 @@ def _refuse_unrelated(found: Inference, sides: _Sides, pretrained: Pretrained, m
     raise MappingError("\n".join(lines))
 
 
-def _accepted(found: Inference, accept: PatternSet, sides: _Sides) -> list[Guess]:
-    """Moves the guesses that `accept` names to the sure ones and returns the others."""
-    if not accept:
-        return found.guesses
-    kept = []
+def _accepted(
+    found: Inference, made: Iterable[Reshaping], accept: PatternSet, sides: _Sides
+) -> tuple[list[Guess], list[Reshaping]]:
+    """Moves the guesses that `accept` names to the sure pairs; returns what stays open."""
+
+    def accepted(entries: Iterable[str]) -> bool:
+        return bool(accept) and accept.matches(*(sides.entries[entry].clean for entry in entries))
+
+    guesses = []
     for guess in found.guesses:
-        names = [sides.entries[e].clean for m in guess.readings[0] for e in m.names()]
-        if accept.matches(*names):
+        if accepted(entry for match in guess.readings[0] for entry in match.names()):
             found.sure += guess.readings[0]
         else:
-            kept.append(guess)
+            guesses.append(guess)
+    doubted = [reshaping for reshaping in made if reshaping.doubt and not accepted(reshaping.mapping)]
     if unused := accept.without_hit():
         raise MappingError(f"accept={unused[0].text!r} names no entry that something is proposed for; leave it out")
-    return kept
+    return guesses, doubted
+
+
+def _renames(found: Inference) -> dict[str, str]:
+    return renames({match.key.path: match.entry.path for match in found.sure})
 
 
 def _ruled(
-    targets: Targets, pretrained: Pretrained, checkpoint: Checkpoint, sure: Sequence[Match], sides: _Sides
+    targets: Targets,
+    pretrained: Pretrained,
+    checkpoint: Checkpoint,
+    found: Inference,
+    made: Sequence[Reshaping],
+    sides: _Sides,
 ) -> tuple[Pretrained, Pairs]:
-    """The rules of the sure pairs, and what a plan makes of them; pairs that it does not confirm are left out."""
-    wanted: dict[str, str] = {}
-    for match in sure:
-        for entry, key in match.names().items():
-            wanted[sides.entries[entry].name] = sides.keys[key]
-    rules = renames({match.key.path: match.entry.path for match in sure})
-    conversions = shifted(sure)
-    ruled = _with(pretrained, rules, conversions, sure)
+    """The rules of what is sure, and what a plan makes of them; what it does not confirm is left out."""
+    wanted = _spelled(found.sure, sides)
+    for reshaping in made:
+        wanted.update(_named(reshaping, sides))
+    conversions = [*shifted(found.sure), *(reshaping.conversion for reshaping in made)]
+    prefix = "" if made else _prefix(found.sure)
+    rename = {} if prefix else _renames(found)
+    ruled = dataclasses.replace(pretrained, strip_prefix=prefix, rename=rename, convert=conversions)
     plan = plan_part(0, ruled, checkpoint, targets, 1)
     if extra := plan.assigned.keys() - wanted.keys():  # equal names that are not sure: the rules leave them out
         others = [target.clean for name, target in targets.entries.items() if name not in extra]
         patterns = covering([targets.entries[name].clean for name in sorted(extra)], others)
         ruled = dataclasses.replace(ruled, exclude=[*_listed(pretrained.exclude), *patterns])
         plan = plan_part(0, ruled, checkpoint, targets, 1)
-    return ruled, {name: key.sources for name, key in plan.assigned.items() if key.sources == (wanted.get(name),)}
+    mapping = {name: key.sources for name, key in plan.assigned.items() if key.sources == wanted.get(name)}
+    if lost := [r for r in made if not mapping.keys() >= _named(r, sides).keys()]:
+        return _ruled(targets, pretrained, checkpoint, found, [r for r in made if r not in lost], sides)
+    return ruled, mapping
+
+
+def _named(reshaping: Reshaping, sides: _Sides) -> Pairs:
+    return {
+        sides.entries[entry].name: tuple(sides.keys[key] for key in keys) for entry, keys in reshaping.mapping.items()
+    }
 
 
 def _listed(patterns: Patterns) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns)
-
-
-def _with(
-    pretrained: Pretrained, rules: Mapping[str, str], conversions: Sequence[Conversion], sure: Sequence[Match]
-) -> Pretrained:
-    prefix = _prefix(sure)
-    if prefix:
-        return dataclasses.replace(pretrained, strip_prefix=prefix, convert=list(conversions))
-    return dataclasses.replace(pretrained, strip_prefix="", rename=dict(rules), convert=list(conversions))
 
 
 def _prefix(sure: Sequence[Match]) -> str:
@@ -198,17 +218,11 @@ def _prefix(sure: Sequence[Match]) -> str:
 def _suggestion(
     ruled: Pretrained,
     mapping: Pairs,
-    guesses: Iterable[Guess],
+    proposed: Sequence[Proposal],
     sides: _Sides,
     checkpoint: Checkpoint,
     model: nn.Module,
 ) -> Suggestion:
-    proposed = []
-    for guess in guesses:
-        readings = [_spelled(reading, sides) for reading in guess.readings]
-        readings = [{e: k for e, k in reading.items() if e not in mapping} for reading in readings]
-        if readings[0]:
-            proposed.append(Proposal(readings[0], tuple(readings[1:]), guess.why, guess.why_not))
     explained = {**mapping, **{e: k for p in proposed for e, k in p.mapping.items()}}
     used = {key for keys in explained.values() for key in keys}
     canonical = {sides.entries[name].canonical for name in sides.entries if sides.entries[name].name in explained}
@@ -224,6 +238,12 @@ def _suggestion(
         sum(entry_sizes.get(name, 0) for name in mapping) / max(1, sum(entry_sizes.values())),
     )
     return Suggestion(ruled, mapping, tuple(proposed), left, coverage, type(model).__name__)
+
+
+def _guessed(guess: Guess, mapping: Pairs, sides: _Sides) -> Proposal:
+    readings = [_spelled(reading, sides) for reading in guess.readings]
+    readings = [{e: k for e, k in reading.items() if e not in mapping} for reading in readings]
+    return Proposal(readings[0], tuple(readings[1:]), guess.why, guess.why_not)
 
 
 def _spelled(reading: Iterable[Match], sides: _Sides) -> Pairs:
