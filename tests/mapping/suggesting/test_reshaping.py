@@ -97,7 +97,7 @@ def test_a_transposed_matrix_is_transposed_and_square_ones_beside_it_are_doubted
         {"mlp.c_fc.weight": (F, D), "attn.c_proj.weight": (D, D), "ln.weight": (D,), "mlp.c_fc.bias": (F,)},
         range(3),
     )
-    suggestion, state, source = loaded(keys, entries)
+    suggestion, _, source = loaded(keys, entries)
     assert suggestion.mapping["h.0.mlp.c_fc.weight"] == ("h.0.mlp.c_fc.weight",)
     assert not [entry for entry in suggestion.mapping if "c_proj" in entry]
     assert "square" in str(suggestion)

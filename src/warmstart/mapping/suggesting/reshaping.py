@@ -30,7 +30,7 @@ class Reshaping:
     """
 
     conversion: Conversion
-    mapping: dict[str, tuple[str, ...]]
+    mapping: Mapping[str, tuple[str, ...]]
     why: str
     doubt: str = ""
 
