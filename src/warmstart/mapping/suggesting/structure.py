@@ -24,6 +24,7 @@ _MARGIN = 0.2  # by which a pair must beat every rival, of the share of words in
 _CROWD = 32  # words that more items share do not pair them
 _TWINS = 4  # more of one shape have too many readings to say them
 _LAST = chr(0x10FFFF)
+_MISSING = 0.03  # share of one side's templates without a partner up to which the other is taken to have them all
 _SUPPORT = 3  # names that must differ by the same words before these say nothing
 
 Extra = tuple[frozenset[str], frozenset[str]]
@@ -36,7 +37,7 @@ class Evidence(IntEnum):
     SHAPES = 1  # the shapes of a whole row of siblings are one to one, no word is shared
     NUMBERS = 2  # rows that only numbers tell apart
     SOME_WORDS = 3  # shared words, and words that only one or both have
-    PHRASE = 4  # the vocabulary names both
+    PHRASE = 4  # the vocabulary names both, or the one is the beginning of the other
     WORDS = 5  # every word
 
 
@@ -51,6 +52,11 @@ class Item:
 
     path: Path
     tensors: dict[tuple[str, Shape], Template] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its last segment; of a single tensor the tensor's."""
+        return next(iter(self.tensors.values())).path[-1] if len(self.tensors) == 1 else self.path[-1]
 
     @property
     def shapes(self) -> Counter[Shape]:
@@ -123,30 +129,33 @@ def structure(keys: Side, entries: Side, pairs: Mapping[Template, Candidate], vo
     return found
 
 
-def _missing(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, Candidate]) -> tuple[int, int]:
-    """How many names of each side have no partner, not even a proposed one."""
+def _closed(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, Candidate]) -> bool:
+    """Whether next to nothing of one of the sides is without a partner, be it a proposed one."""
     both = [(c.key, c.entry) for c in pairs.values()]
     both += [two for link in found.links for two in matched(link.key, link.entry)]
     both += [two for t in found.twins for x, y in zip(t.keys, t.entries, strict=True) for two in matched(x, y)]
-    paired = [0, 0]
+    paired: list[Counter[Template]] = [Counter(), Counter()]
     for key, entry in both:
         same = len(key.names.keys() & entry.names.keys())
         shifted = same < len(key.names) == len(entry.names)
         for side, template in enumerate((key, entry)):
-            paired[side] += len(template.names) if shifted else same
-    total = [sum(len(t.names) for t in side.templates) for side in (keys, entries)]
-    return total[0] - paired[0], total[1] - paired[1]
+            paired[side][template] = len(template.names) if shifted else same
+    shares = []
+    for side, counts in zip((keys, entries), paired, strict=True):
+        missing = sum(1 - counts[template] / len(template.names) for template in side.templates)
+        shares.append(missing / max(1, len(side.templates)))
+    return min(shares) <= _MISSING
 
 
 def _sure(found: Structure, keys: Side, entries: Side, pairs: Mapping[Template, Candidate]) -> set[Link]:
     """Which links have enough for them to be applied.
 
-    Every word explained is enough. Less is enough only where nothing is missing on one of the sides (`closed`): where
+    Every word explained is enough. Less is enough only where next to nothing is missing on one of the sides (`closed`): where
     tensors are missing on both, the true partner of one may be among them, and what is left over may be a stranger. And
     even there one tensor of each side may be missing that would have been the other's partner, so that a shape and a
     place alone are never enough.
     """
-    found.closed = min(_missing(found, keys, entries, pairs)) == 0
+    found.closed = _closed(found, keys, entries, pairs)
     affixes: dict[Extra, set[frozenset[str]]] = defaultdict(set)
     rows: dict[object, set[frozenset[Shape]]] = defaultdict(set)
     repeats: dict[Extra, set[Shape]] = defaultdict(set)
@@ -341,6 +350,8 @@ class _Work:
                 yield self._link(place, words, xs[0], ys[0])
             elif len(xs) == len(ys) == 2:
                 yield from self._by_phrase(place, words, xs, ys)
+            if 1 < len(xs) == len(ys) <= _TWINS and xs[0] in self.keys_left:
+                yield from self._by_abbreviation(place, words, xs, ys)
             if len(xs) == len(ys) > 1 and xs[0] in self.keys_left:
                 yield from self._by_numbers(place, words, xs, ys)
 
@@ -356,6 +367,14 @@ class _Work:
                     if _fit(x, y):
                         yield self._link(place, words, x, y, phrase=True)
                 return
+
+    def _by_abbreviation(self, place: Place, words: _Words, xs: list[Item], ys: list[Item]) -> Iterator[Link]:
+        """Rows of which each name begins the name of exactly one of the other: `b` and `s` are `bias` and `scale`."""
+        chosen = [[y for y in ys if _begins(x.name, y.name)] for x in xs]
+        if all(len(found) == 1 for found in chosen) and len({found[0] for found in chosen}) == len(ys):
+            for x, (y,) in zip(xs, chosen, strict=True):
+                if not words.vetoed(x, y):
+                    yield self._link(place, words, x, y, phrase=True)
 
     def _by_numbers(self, place: Place, words: _Words, xs: list[Item], ys: list[Item]) -> Iterator[Link]:
         """Two rows that differ by nothing but a number go together in ascending order."""
@@ -470,6 +489,10 @@ class _Words:
         """Which place of a row the words of an item name, or those of its last segment; nothing if none."""
         last = frozenset(self.work.keys.lexicon.content(item.path[-1]))
         return _turn(self._said[item], phrase.rows) or _turn(last, phrase.rows)
+
+
+def _begins(a: str, b: str) -> bool:
+    return a != b and (a.startswith(b) or b.startswith(a))
 
 
 def _row(items: Sequence[Item]) -> list[Item]:
