@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from warmstart.mapping.renames import Renamer
-from warmstart.mapping.suggesting.structure import LEAVES
+from warmstart.mapping.suggesting.items import LEAVES
 from warmstart.mapping.suggesting.templates import Path
 from warmstart.mapping.suggesting.words import INDEX
 
