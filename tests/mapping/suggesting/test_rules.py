@@ -7,10 +7,15 @@ from hypothesis import strategies as st
 
 from warmstart.mapping.renames import Renamer
 from warmstart.mapping.suggesting.rules import renames
+from warmstart.mapping.suggesting.words import INDEX
+
+
+def _path(text: str) -> tuple[str, ...]:
+    return tuple(text.replace("#", INDEX).split("."))
 
 
 def ruled(pairs: dict[str, str]) -> dict[str, str]:
-    found = renames({tuple(k.split(".")): tuple(v.split(".")) for k, v in pairs.items()})
+    found = renames({_path(key): _path(entry) for key, entry in pairs.items()})
     renamer = Renamer([found])
     for key, entry in pairs.items():
         assert renamer(key.replace("#", "3")) == entry.replace("#", "3")
@@ -75,7 +80,7 @@ def test_every_name_becomes_its_image(pairs):
         return
     if any(p != q and len(p) == len(q) and all(map(_meet, p, q)) for p in pairs for q in pairs):
         return  # `a.#` and `a.0` are one name: real templates never meet
-    renamer = Renamer([renames(pairs)])
+    renamer = Renamer([renames({_path(".".join(k)): _path(".".join(v)) for k, v in pairs.items()})])
     for key, entry in pairs.items():
         assert renamer(_filled(key, "34567")) == _filled(entry, "34567")
 

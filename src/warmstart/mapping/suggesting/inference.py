@@ -11,7 +11,7 @@ from warmstart.mapping.suggesting.linking import Evidence, Link, Twins
 from warmstart.mapping.suggesting.matching import Side, pair
 from warmstart.mapping.suggesting.structure import structure
 from warmstart.mapping.suggesting.templates import Shape, Template, index_positions, templates
-from warmstart.mapping.suggesting.words import Lexicon
+from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +82,7 @@ def infer(keys: Mapping[str, Shape], entries: Mapping[str, Shape], *, vocabulary
         entries: The model's.
         vocabulary: Whether to use the declared synonyms.
     """
-    both = templates(keys, entries)
+    both = templates(*({name: shape for name, shape in side.items() if INDEX not in name} for side in (keys, entries)))
     found = Inference(both[0], both[1])
     lexicon = Lexicon(vocabulary)
     a, b = Side(found.keys, lexicon), Side(found.entries, lexicon)

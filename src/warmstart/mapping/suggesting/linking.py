@@ -16,6 +16,7 @@ from warmstart.mapping.suggesting.vocabulary import Phrase
 
 _MARGIN = 0.2  # by which a pair must beat every rival, of the share of words in common
 _CROWD = 32  # words that more items share do not pair them
+_ABBREVIATION = 2  # letters of a name that may be the beginning of another: a longer one is a word of its own
 _TWINS = 4  # more of one shape have too many readings to say them
 _LAST = chr(0x10FFFF)
 
@@ -222,7 +223,8 @@ class Linker:
 
 
 def _begins(a: str, b: str) -> bool:
-    return a != b and (a.startswith(b) or b.startswith(a))
+    short, long = sorted((a, b), key=len)
+    return len(short) <= _ABBREVIATION < len(long) and long.startswith(short)
 
 
 def _row(items: Sequence[Item]) -> list[Item]:

@@ -23,6 +23,7 @@ from warmstart.mapping.suggesting.shifts import shifted
 from warmstart.mapping.suggesting.suggestion import Coverage, Pairs, Proposal, Suggestion, Unexplained
 from warmstart.mapping.suggesting.templates import Shape
 from warmstart.mapping.suggesting.values import refuted
+from warmstart.mapping.suggesting.words import INDEX
 from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import Patterns, PatternSet
 
@@ -210,7 +211,7 @@ def _prefix(sure: Sequence[Match]) -> str:
     if first is None or len(first.key.path) <= len(first.entry.path):
         return ""
     prefix = first.key.path[: len(first.key.path) - len(first.entry.path)]
-    if any(segment.endswith("#") for segment in prefix):
+    if any(segment.endswith(INDEX) for segment in prefix):
         return ""
     return ".".join(prefix) if all(m.key.path == (*prefix, *m.entry.path) for m in sure) else ""
 

@@ -36,7 +36,7 @@ class Template:
     names: dict[tuple[int, ...], str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"{'.'.join(self.path)} {self.shape} x{len(self.names)}"
+        return f"{'.'.join(self.path).replace(INDEX, '#')} {self.shape} x{len(self.names)}"
 
 
 def index_positions(path: Path) -> list[int]:

@@ -9,7 +9,7 @@ from warmstart.mapping.suggesting.vocabulary import FILLERS, SYNONYMS
 
 _SPLIT = re.compile(r"[Cc]onv[123]d|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^A-Za-z0-9_.\s-]+")
 _LONGEST = 200  # of a segment that is split at all: beyond it, a name is one opaque word
-INDEX = "#"
+INDEX = "\ue000"  # stands for an index; written `#` in comments. Of a private plane, so that no name holds it
 
 
 @dataclass(slots=True)
