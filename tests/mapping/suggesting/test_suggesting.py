@@ -235,6 +235,34 @@ def test_lists_with_gaps_that_start_differently_are_said_both_ways(suggest):
     assert all("numbers" in p.doubt for p in suggestion.proposed)
 
 
+def test_a_list_alone_whose_numbers_differ_is_said_both_ways(suggest):
+    parts = {"norm.weight": (4,), "fc.weight": (4, 3), "fc.bias": (3,), "up.weight": (3, 4)}
+    keys = layers("text.layers.{}", parts, range(6)) | {f"text.extra.layer_query.{i}": (5,) for i in range(5)}
+    entries = layers("text.layers.{}", parts, range(6)) | {f"text.layers.{i}.query": (5,) for i in range(1, 6)}
+    suggestion = suggest(keys, entries)
+    assert len(suggestion.mapping) == 24
+    assert not [entry for entry in suggestion.mapping if "query" in entry]
+
+
+def test_a_raw_number_is_no_match(suggest):
+    rest = layers("layers.{}", {"fc.weight": (4, 3), "fc.bias": (4,), "norm.weight": (5,)}, range(4))
+    keys = rest | {f"stem.conv2d{i}.weight": (6, 6, 3, 3) for i in (1, 2, 3)}
+    entries = {f"net.{k}": v for k, v in rest.items()} | {f"net.stem.convs.{i}.weight": (6, 6, 3, 3) for i in range(3)}
+    suggestion = suggest(keys, entries)
+    truth = {f"net.stem.convs.{i}.weight": f"stem.conv2d{i + 1}.weight" for i in range(3)}
+    assert not wrong(suggestion, truth | {f"net.{name}": name for name in rest})
+
+
+def test_words_that_both_sides_own_have_their_own_partners(suggest):
+    """`fpn` against `pan`, with the true partner of one missing on each side."""
+    parts = {"conv.weight": (4, 4, 3, 3), "conv.bias": (4,), "norm.weight": (7,)}
+    keys = layers("neck.fpn.{}", parts, range(3)) | layers("neck.pan.{}", parts, range(3))
+    entries = {f"model.{name}": shape for name, shape in keys.items()}
+    del keys["neck.pan.1.conv.weight"]
+    del entries["model.neck.fpn.1.conv.weight"]
+    assert not wrong(suggest(keys, entries), {f"model.{name}": name for name in keys})
+
+
 # ---- what is not answered ----
 
 

@@ -11,34 +11,55 @@ from warmstart.mapping.suggesting.templates import Path, Template, index_positio
 
 @dataclass(slots=True)
 class ListSets:
-    """The indices that occur in each list of one side: of all its tensors together, and of each template."""
+    """The indices that occur in the lists of one side.
+
+    Attributes:
+        together: Path of a list to the indices of all its tensors.
+        apart: Path of a list to the path of each tensor in it to that tensor's indices.
+    """
 
     together: dict[Path, set[int]] = field(default_factory=lambda: defaultdict(set))
-    apart: dict[Path, list[frozenset[int]]] = field(default_factory=lambda: defaultdict(list))
+    apart: dict[Path, dict[Path, set[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
 
     @classmethod
     def of(cls, templates: Iterable[Template]) -> ListSets:
         sets = cls()
         for template in templates:
             for turn, position in enumerate(index_positions(template.path)):
-                found = frozenset(indices[turn] for indices in template.names)
+                found = {indices[turn] for indices in template.names}
                 sets.together[template.path[: position + 1]] |= found
-                sets.apart[template.path[: position + 1]].append(found)
+                sets.apart[template.path[: position + 1]][template.path] |= found
         return sets
 
 
-def shift(keys: ListSets, key_list: Path, entries: ListSets, entry_list: Path) -> int | None:
-    """What to add to an index of the checkpoint's list to get the model's; None where the indices do not tell.
+def shift(keys: ListSets, key: Path, key_at: int, entries: ListSets, entry: Path, entry_at: int) -> int | None:
+    """What to add to an index of a checkpoint's tensor to get the model's; None where the indices do not tell.
 
-    Lists of the same indices, and lists that both start at 0, keep their numbers. Others are shifted alike only where both
-    are without gaps, equally long, and bounded alike in at least two tensors each: the ends of a single tensor's list may
+    Lists of the same indices, and lists that both start at 0, keep their numbers, unless a tensor that is alone in its
+    list has indices that the other lacks while it lacks some of the other's. Others are shifted alike only where both are
+    without gaps, equally long, and bounded alike in at least two tensors each: the ends of a single tensor's list may
     just be missing.
+
+    Args:
+        keys: The lists of the checkpoint.
+        key: The path of the checkpoint's tensor.
+        key_at: The position of the index in it.
+        entries: The lists of the model.
+        entry: The path of the model's tensor.
+        entry_at: The position of the index in it.
     """
+    key_list, entry_list = key[: key_at + 1], entry[: entry_at + 1]
+    own = keys.apart[key_list][key], entries.apart[entry_list][entry]
+    alone = min(len(keys.apart[key_list]), len(entries.apart[entry_list])) == 1
+    if alone and not (own[0] <= own[1] or own[1] <= own[0]):
+        return None
     a, b = keys.together[key_list], entries.together[entry_list]
     if a == b or (min(a) == min(b) == 0):
         return 0
     if len(a) == len(b) and all(max(s) - min(s) + 1 == len(s) for s in (a, b)):
-        bounded = [sum(len(s) == len(a) for s in sets) for sets in (keys.apart[key_list], entries.apart[entry_list])]
+        bounded = [
+            sum(len(s) == len(a) for s in sets.values()) for sets in (keys.apart[key_list], entries.apart[entry_list])
+        ]
         if min(bounded) >= 2:
             return min(b) - min(a)
     return None

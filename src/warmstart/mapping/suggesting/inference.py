@@ -120,7 +120,7 @@ def _add(
 def _offsets(key: Template, entry: Template, lists: tuple[ListSets, ListSets]) -> tuple[int, ...] | None:
     out = []
     for p, q in zip(index_positions(key.path), index_positions(entry.path), strict=True):
-        by = shift(lists[0], key.path[: p + 1], lists[1], entry.path[: q + 1])
+        by = shift(lists[0], key.path, p, lists[1], entry.path, q)
         if by is None:
             return None
         out.append(by)

@@ -27,8 +27,10 @@ from warmstart.mapping.suggesting.words import INDEX
 from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import Patterns, PatternSet
 
-# Shares of the tensors of the smaller side, at least, that rules and proposals together must explain, and rules alone.
-_LEAST = 0.7
+# Rules and proposals together must explain next to all tensors of the smaller side (a part of a larger model), or most of
+# both sides; rules alone at least some of the smaller.
+_WHOLE = 0.95
+_MOST = 0.7, 0.5
 _SURE = 0.1
 _INFERRED = ("strip_prefix", "match", "rename", "convert")
 
@@ -124,8 +126,9 @@ def _refuse_unrelated(
     for guess in found.guesses:
         for match in guess.readings[0]:
             pairs.update(match.names())
-    least = max(1, min(len(sides.keys), len(sides.entries)))
-    if len(pairs) >= _LEAST * least and len(sure) >= _SURE * least:
+    small, large = sorted((max(1, len(sides.keys)), max(1, len(sides.entries))))
+    most = len(pairs) >= _MOST[0] * small and len(pairs) >= _MOST[1] * large
+    if (most or len(pairs) >= _WHOLE * small) and len(sure) >= _SURE * small:
         return
     name, label = type(model).__name__, printable(pretrained.short_label)
     lead = (

@@ -112,7 +112,7 @@ def _numbered_items(
     items: dict[tuple[Path, str], dict[int, list[tuple[Path, Shape]]]] = defaultdict(lambda: defaultdict(list))
     for parent, rest, shape in level:
         stem, number = numbered(rest[0])
-        if number is not None and len(rest) > 1:
+        if number is not None:
             items[parent, stem][number].append((rest[1:], shape))
     return items
 
@@ -128,7 +128,7 @@ def _alike(stem: str, children: Mapping[int, list[tuple[Path, Shape]]]) -> bool 
 
     None where there are too few to tell.
     """
-    bare = all(len(rest) == 1 for tails in children.values() for rest, _ in tails)
+    bare = all(len(rest) <= 1 for tails in children.values() for rest, _ in tails)
     if len(children) < (_LIST if bare else _STEMS if stem else 1):
         return None
     if stem and max(children) - min(children) >= 2 * len(children):
