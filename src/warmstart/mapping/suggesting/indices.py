@@ -35,8 +35,8 @@ class ListSets:
 def shift(keys: ListSets, key: Path, key_at: int, entries: ListSets, entry: Path, entry_at: int) -> int | None:
     """What to add to an index of a checkpoint's tensor to get the model's; None where the indices do not tell.
 
-    Lists of the same indices, and lists that both start at 0, keep their numbers, unless a tensor that is alone in its
-    list has indices that the other lacks while it lacks some of the other's. Others are shifted alike only where both are
+    Lists of the same indices, and lists that both start at 0, keep their numbers; of a tensor that is alone in its list the
+    indices of the list's other tensors say nothing. Others are shifted alike only where both are
     without gaps, equally long, and bounded alike in at least two tensors each: the ends of a single tensor's list may
     just be missing.
 
@@ -51,7 +51,7 @@ def shift(keys: ListSets, key: Path, key_at: int, entries: ListSets, entry: Path
     key_list, entry_list = key[: key_at + 1], entry[: entry_at + 1]
     own = keys.apart[key_list][key], entries.apart[entry_list][entry]
     alone = min(len(keys.apart[key_list]), len(entries.apart[entry_list])) == 1
-    if alone and not (own[0] <= own[1] or own[1] <= own[0]):
+    if alone and own[0] != own[1] and not min(own[0]) == min(own[1]) == 0:
         return None
     a, b = keys.together[key_list], entries.together[entry_list]
     if a == b or (min(a) == min(b) == 0):
