@@ -1,0 +1,65 @@
+"""Which item of one list is which of another: the same number, or all of them shifted alike."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from warmstart.mapping.suggesting.templates import Path, Template, index_positions
+
+
+@dataclass(slots=True)
+class ListSets:
+    """The indices that occur in the lists of one side.
+
+    Attributes:
+        together: Path of a list to the indices of all its tensors.
+        apart: Path of a list to the path of each tensor in it to that tensor's indices.
+    """
+
+    together: dict[Path, set[int]] = field(default_factory=lambda: defaultdict(set))
+    apart: dict[Path, dict[Path, set[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
+
+    @classmethod
+    def of(cls, templates: Iterable[Template]) -> ListSets:
+        sets = cls()
+        for template in templates:
+            for turn, position in enumerate(index_positions(template.path)):
+                found = {indices[turn] for indices in template.names}
+                sets.together[template.path[: position + 1]] |= found
+                sets.apart[template.path[: position + 1]][template.path] |= found
+        return sets
+
+
+def shift(keys: ListSets, key: Path, key_at: int, entries: ListSets, entry: Path, entry_at: int) -> int | None:
+    """What to add to an index of a checkpoint's tensor to get the model's; None where the indices do not tell.
+
+    Lists of the same indices, and lists that both start at 0, keep their numbers; of a tensor that is alone in its list the
+    indices of the list's other tensors say nothing. Others are shifted alike only where both are
+    without gaps, equally long, and bounded alike in at least two tensors each: the ends of a single tensor's list may
+    just be missing.
+
+    Args:
+        keys: The lists of the checkpoint.
+        key: The path of the checkpoint's tensor.
+        key_at: The position of the index in it.
+        entries: The lists of the model.
+        entry: The path of the model's tensor.
+        entry_at: The position of the index in it.
+    """
+    key_list, entry_list = key[: key_at + 1], entry[: entry_at + 1]
+    own = keys.apart[key_list][key], entries.apart[entry_list][entry]
+    alone = min(len(keys.apart[key_list]), len(entries.apart[entry_list])) == 1
+    if alone and own[0] != own[1] and not min(own[0]) == min(own[1]) == 0:
+        return None
+    a, b = keys.together[key_list], entries.together[entry_list]
+    if a == b or (min(a) == min(b) == 0):
+        return 0
+    if len(a) == len(b) and all(max(s) - min(s) + 1 == len(s) for s in (a, b)):
+        bounded = [
+            sum(len(s) == len(a) for s in sets.values()) for sets in (keys.apart[key_list], entries.apart[entry_list])
+        ]
+        if min(bounded) >= 2:
+            return min(b) - min(a)
+    return None

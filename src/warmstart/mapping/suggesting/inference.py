@@ -1,0 +1,166 @@
+"""From the names and shapes of both sides to pairs of templates: what is sure, what is proposed, what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from warmstart.mapping.suggesting.indices import ListSets, shift
+from warmstart.mapping.suggesting.items import matched
+from warmstart.mapping.suggesting.linking import Evidence, Link, Twins
+from warmstart.mapping.suggesting.matching import Side, pair
+from warmstart.mapping.suggesting.structure import structure
+from warmstart.mapping.suggesting.templates import Shape, Template, index_positions, templates
+from warmstart.mapping.suggesting.words import INDEX, Lexicon
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Match:
+    """A template of the checkpoint that is one of the model's.
+
+    Attributes:
+        offsets: What to add to each index of the checkpoint to get the model's.
+    """
+
+    key: Template
+    entry: Template
+    offsets: tuple[int, ...]
+
+    def names(self) -> dict[str, str]:
+        """Entry to key, for all names that both sides have."""
+        out = {}
+        for indices, key in self.key.names.items():
+            entry = self.entry.names.get(tuple(i + by for i, by in zip(indices, self.offsets, strict=True)))
+            if entry is not None:
+                out[entry] = key
+        return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guess:
+    """Pairs that have some evidence, but not enough to be applied.
+
+    Attributes:
+        readings: The ways in which the names fit, the more likely one first; each is a list of matches.
+        why: What speaks for the first one.
+        why_not: What is missing.
+    """
+
+    readings: tuple[tuple[Match, ...], ...]
+    why: str
+    why_not: str
+
+
+@dataclass(slots=True)
+class Inference:
+    """What names and shapes say.
+
+    Attributes:
+        sure: Pairs with enough evidence.
+        guesses: Pairs with less.
+        keys: All templates of the checkpoint.
+        entries: All templates of the model.
+    """
+
+    keys: list[Template]
+    entries: list[Template]
+    sure: list[Match] = field(default_factory=list)
+    guesses: list[Guess] = field(default_factory=list)
+
+    def left(self) -> tuple[list[Template], list[Template]]:
+        """The templates of both sides of which no tensor is matched or guessed."""
+        every = [*self.sure, *(m for guess in self.guesses for m in guess.readings[0])]
+        keys, entries = {m.key for m in every}, {m.entry for m in every}
+        return [t for t in self.keys if t not in keys], [t for t in self.entries if t not in entries]
+
+
+def infer(keys: Mapping[str, Shape], entries: Mapping[str, Shape], *, vocabulary: bool = True) -> Inference:
+    """Pair the names of a checkpoint with those of a model.
+
+    Args:
+        keys: The checkpoint's names and shapes.
+        entries: The model's.
+        vocabulary: Whether to use the declared synonyms.
+    """
+    both = templates(*({name: shape for name, shape in side.items() if INDEX not in name} for side in (keys, entries)))
+    found = Inference(both[0], both[1])
+    lexicon = Lexicon(vocabulary)
+    a, b = Side(found.keys, lexicon), Side(found.entries, lexicon)
+    lists = ListSets.of(found.keys), ListSets.of(found.entries)
+    pairs = pair(a, b)
+    beyond = structure(a, b, pairs, vocabulary)
+    for candidate in pairs.values():
+        _add(found, [(candidate.key, candidate.entry)], lists, None)
+    for link in beyond.links:
+        _add(found, matched(link.key, link.entry), lists, None if link in beyond.sure else link)
+    for twins in beyond.twins:
+        guess = _both_ways(twins, lists)
+        if guess is not None:
+            found.guesses.append(guess)
+    return found
+
+
+def _add(
+    found: Inference, two: list[tuple[Template, Template]], lists: tuple[ListSets, ListSets], link: Link | None
+) -> None:
+    for key, entry in two:
+        offsets = _offsets(key, entry, lists)
+        if link is None and offsets is not None:
+            found.sure.append(Match(key, entry, offsets))
+    if link is not None:
+        matches = tuple(Match(k, e, _offsets(k, e, lists) or _unshifted(k)) for k, e in two)
+        found.guesses.append(Guess((matches,), _WHY[link.evidence], _why_not(link)))
+    else:
+        loose = [(k, e) for k, e in two if _offsets(k, e, lists) is None]
+        readings = tuple(tuple(Match(k, e, by) for k, e in loose) for by in _shifts(loose))
+        if readings:
+            found.guesses.append(Guess(readings, "the names", "the two lists start at different numbers, with gaps"))
+
+
+def _offsets(key: Template, entry: Template, lists: tuple[ListSets, ListSets]) -> tuple[int, ...] | None:
+    out = []
+    for p, q in zip(index_positions(key.path), index_positions(entry.path), strict=True):
+        by = shift(lists[0], key.path, p, lists[1], entry.path, q)
+        if by is None:
+            return None
+        out.append(by)
+    return tuple(out)
+
+
+def _unshifted(key: Template) -> tuple[int, ...]:
+    return (0,) * len(index_positions(key.path))
+
+
+def _shifts(loose: list[tuple[Template, Template]]) -> list[tuple[int, ...]]:
+    """The two readings of lists that start differently: the numbers as they are, and the first on the first."""
+    if not loose:
+        return []
+    key, entry = loose[0]
+    first = tuple(y - x for x, y in zip(min(key.names), min(entry.names), strict=True))
+    return list(dict.fromkeys([_unshifted(key), first]))
+
+
+_WHY = {
+    Evidence.SHAPES: "the only tensors of their shapes at corresponding places",
+    Evidence.NUMBERS: "rows that count alike",
+    Evidence.SOME_WORDS: "words in common at corresponding places",
+}
+
+
+def _why_not(link: Link) -> str:
+    said = [" ".join(sorted(w.partition(" ")[0] for w in words)) for words in link.extra]
+    if all(said):
+        return f"nothing says that '{said[0]}' is '{said[1]}'"
+    return f"nothing explains '{said[0] or said[1]}', which only {'the checkpoint' if said[0] else 'the model'} says"
+
+
+def _both_ways(twins: Twins, lists: tuple[ListSets, ListSets]) -> Guess | None:
+    """The two readings of twins: in this order and in the other."""
+    readings = []
+    for entries in (twins.entries, twins.entries[::-1]):
+        two = [m for x, y in zip(twins.keys, entries, strict=True) for m in matched(x, y)]
+        readings.append(tuple(Match(k, e, _offsets(k, e, lists) or _unshifted(k)) for k, e in two))
+    if not all(readings):
+        return None
+    why = twins.why or "the same shapes at corresponding places"
+    return Guess(tuple(readings), why, "names and shapes fit both ways")

@@ -1,0 +1,142 @@
+"""Which pairs have enough evidence to be applied."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from warmstart.mapping.suggesting.items import LEAVES, matched
+from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
+from warmstart.mapping.suggesting.matching import Candidate, Side
+from warmstart.mapping.suggesting.templates import Path, Place, Shape, Template, numbered
+
+_MISSING = 0.03  # share of one side's templates without a partner up to which the other is taken to have them all
+_SUPPORT = 3  # names that must differ by the same words before these say nothing
+
+
+def judged(
+    links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: Side, pairs: Mapping[Template, Candidate]
+) -> set[Link]:
+    """Which links have enough for them to be applied.
+
+    Every word explained is enough. Less is enough only where next to nothing is missing on one of the sides (`closed`): where
+    tensors are missing on both, the true partner of one may be among them, and what is left over may be a stranger. And
+    even there one tensor of each side may be missing that would have been the other's partner, so that a shape and a
+    place alone are never enough.
+    """
+    closed = _closed(links, twins, keys, entries, pairs)
+    affixes: dict[Extra, set[frozenset[str]]] = defaultdict(set)
+    rows: dict[object, set[frozenset[Shape]]] = defaultdict(set)
+    repeats: dict[Extra, set[Shape]] = defaultdict(set)
+    for link in links:
+        affixes[link.extra].add(link.shared)
+        repeats[link.extra].update(link.key.shapes)
+        for places in link.rows:
+            rows[places].add(frozenset(link.key.shapes))
+    for group in twins:
+        rows[group.keys[0].path[:-1], group.entries[0].path[:-1]].add(frozenset(group.keys[0].shapes))
+    settled = {
+        t.path[:depth] for pair in pairs.values() for t in (pair.key, pair.entry) for depth in range(len(t.path))
+    }
+    there: dict[Path, Counter[Path]] = defaultdict(Counter)
+    back: dict[Path, Counter[Path]] = defaultdict(Counter)
+    beside: dict[Place, list[Link]] = defaultdict(list)
+    for link in links:
+        above = link.key.path[:-1], link.entry.path[:-1]
+        there[above[0]][above[1]] += 1
+        back[above[1]][above[0]] += 1
+        beside[above].append(link)
+    crossed = {above: _crossed(row) for above, row in beside.items()}
+    sure = set()
+    for link in links:
+        a, b = link.extra
+        some = link.evidence >= Evidence.SOME_WORDS
+        if link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT):
+            sure.add(link)
+            continue
+        if not closed or link.doubted:
+            continue
+        row = any(
+            len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})
+            for places, together in link.rows.items()
+        )
+        known = any(w in entries.words for w in a - LEAVES) or any(w in keys.words for w in b - LEAVES)
+        if (
+            (some and not (a and b) and not known)
+            or (
+                (row or len(repeats[link.extra]) > 1)
+                and not _strays(link, there, back)
+                and not _swapped(link, keys, entries)
+            )
+            or link.evidence == Evidence.NUMBERS
+            or _rare(link, keys, entries)
+        ) and not crossed[link.key.path[:-1], link.entry.path[:-1]]:
+            sure.add(link)
+    return sure
+
+
+def _swapped(link: Link, keys: Side, entries: Side) -> bool:
+    """Whether both names are used on both sides, so that each has its own partner: `to_q` is not `out_proj`.
+
+    A row of numbers that starts late has lost its first.
+    """
+    above = link.key.path[:-1], link.entry.path[:-1]
+    if above[0] != above[1] and above[0] in entries.paths and above[1] in keys.paths:
+        return True
+    said = []
+    for words, item, other in ((link.extra[0], link.key, entries), (link.extra[1], link.entry, keys)):
+        if any(w[0].isdecimal() and int(w.partition(" of ")[2].partition("-")[0] or 0) > 1 for w in words):
+            return True
+        last = other.lexicon.content(item.path[-1])
+        telling = frozenset(w for w in words if not w[0].isdecimal())
+        said.append((telling & set(last) or telling, bool(last) and all(w.isdecimal() for w in last), other))
+    bare = [only_number for _, only_number, _ in said]
+    return all(
+        any(w in other.words for w in words) and (not only_number or all(bare)) for words, only_number, other in said
+    )
+
+
+def _strays(link: Link, there: Mapping[Path, Counter[Path]], back: Mapping[Path, Counter[Path]]) -> bool:
+    """Whether more of what lies beside one of the two went to another place than its own."""
+    a, b = link.key.path[:-1], link.entry.path[:-1]
+    return max(there[a].values()) > there[a][b] or max(back[b].values()) > back[b][a]
+
+
+def _crossed(row: Sequence[Link]) -> bool:
+    """Whether the numbers of two rows would go together in another order than ascending."""
+    numbers = [(numbered(link.key.path[-1])[1], numbered(link.entry.path[-1])[1]) for link in row]
+    order = sorted((a, b) for a, b in numbers if a is not None and b is not None)
+    return [b for _, b in order] != sorted(b for _, b in order)
+
+
+def _rare(link: Link, keys: Side, entries: Side) -> bool:
+    """Whether one name is the end of the other, and starts with a segment that either side has once."""
+    a, b = link.key.path, link.entry.path
+    if "" not in {leaf for leaf, _ in link.key.tensors} or a[-1] != b[-1] or len(keys.lexicon.segment(a[-1])) < 3:
+        short, long = sorted((a, b), key=len)
+        if long[len(long) - len(short) :] != short:
+            return False
+        segment = short[0]
+    else:
+        segment = a[-1]
+    return keys.parents[segment] == entries.parents[segment] == 1
+
+
+def _closed(
+    links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: Side, pairs: Mapping[Template, Candidate]
+) -> bool:
+    """Whether next to nothing of one of the sides is without a partner, be it a proposed one."""
+    both = [(c.key, c.entry) for c in pairs.values()]
+    both += [two for link in links for two in matched(link.key, link.entry)]
+    both += [two for t in twins for x, y in zip(t.keys, t.entries, strict=True) for two in matched(x, y)]
+    paired: list[Counter[Template]] = [Counter(), Counter()]
+    for key, entry in both:
+        same = len(key.names.keys() & entry.names.keys())
+        shifted = same < len(key.names) == len(entry.names)
+        for number, template in enumerate((key, entry)):
+            paired[number][template] = len(template.names) if shifted else same
+    shares = []
+    for side, counts in zip((keys, entries), paired, strict=True):
+        missing = sum(1 - counts[template] / len(template.names) for template in side.templates)
+        shares.append(missing / max(1, len(side.templates)))
+    return min(shares) <= _MISSING

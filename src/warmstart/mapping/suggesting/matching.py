@@ -1,0 +1,261 @@
+"""Matching by names in context: equal tails of names below places that many tensors say correspond."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from warmstart.mapping.suggesting.templates import Path, Place, Shape, Template, numbered
+from warmstart.mapping.suggesting.words import INDEX, Lexicon
+
+Bag = tuple[str, ...]
+
+Tail = tuple[Bag, Shape]
+
+_CROWD = 24  # tails that more templates share say nothing about which is which
+_SUPPORT = 3  # different tails that must agree before two places with unlike names correspond
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """One way to pair a checkpoint's template with a model's.
+
+    Attributes:
+        place: What is left of both paths before their common tail.
+        rank: 3 for letter-equal tails, 2 for equal words, 1 for equal words but fillers.
+    """
+
+    key: Template
+    entry: Template
+    place: Place
+    tail: Bag
+    rank: int
+
+
+@dataclass(slots=True)
+class Side:
+    """The templates of one side and what their words say."""
+
+    templates: Sequence[Template]
+    lexicon: Lexicon
+    paths: set[Path] = field(default_factory=set)
+    segments: set[str] = field(default_factory=set)
+    parents: Counter[str] = field(default_factory=Counter)
+    words: Counter[str] = field(default_factory=Counter)
+    tails: dict[Template, list[Bag]] = field(default_factory=dict)
+    families: dict[tuple[Path, str], set[int]] = field(default_factory=lambda: defaultdict(set))
+
+    def __post_init__(self) -> None:
+        for template in self.templates:
+            self.segments.update(template.path)
+            self.words.update(word for segment in template.path for word in self.lexicon.content(segment))
+            for depth, segment in enumerate(template.path):
+                stem, number = numbered(segment)
+                if number is not None:
+                    self.families[template.path[:depth], stem].add(number)
+            self.paths.update(template.path[:i] for i in range(len(template.path) + 1))
+            self.tails[template] = list(_tails(template.path, self.lexicon))
+        self.parents.update(path[-1] for path in self.paths if path)
+
+
+def _tails(path: Path, lexicon: Lexicon) -> Iterator[Bag]:
+    """The words of each tail of a path, the longest first, in no order: `a.b_c` and `b.a.c` are alike."""
+    for start in range(len(path)):
+        yield bag(path[start:], lexicon)
+
+
+def bag(path: Path, lexicon: Lexicon) -> Bag:
+    words: list[str] = []
+    for segment in path:
+        for word in lexicon.content(segment):
+            if word == INDEX or not words or word != words[-1]:
+                words.append(word)
+    return tuple(sorted(words))
+
+
+def candidates(keys: Side, entries: Side) -> dict[Template, list[Candidate]]:
+    """For each template of the checkpoint, the model's templates of its shape with the longest common tail."""
+    index: dict[Tail, list[tuple[Template, int]]] = defaultdict(list)
+    for entry in entries.templates:
+        seen = set()
+        for start, words in enumerate(entries.tails[entry]):
+            if words not in seen:
+                seen.add(words)
+                index[words, entry.shape].append((entry, start))
+    found: dict[Template, list[Candidate]] = {}
+    for key in keys.templates:
+        best: dict[Template, Candidate] = {}
+        for start, words in enumerate(keys.tails[key]):
+            there = index.get((words, key.shape), [])
+            if len(there) > _CROWD or not words:
+                continue
+            for entry, other in there:
+                if entry in best or not _overlap(key, entry):
+                    continue
+                if _numbers_agree(keys, key, start, entries, entry, other) and order_agrees(
+                    keys, key.path[start:], entries, entry.path[other:]
+                ):
+                    place = key.path[:start], entry.path[:other]
+                    rank = _rank(key.path[start:], entry.path[other:], keys.lexicon)
+                    best[entry] = Candidate(key, entry, place, words, rank)
+        found[key] = list(best.values())
+    return found
+
+
+def _overlap(key: Template, entry: Template) -> bool:
+    """Whether the two could be the same tensors: as many lists, and most indices of the smaller in the other."""
+    a, b = key.names, entry.names
+    depth = len(next(iter(a)))
+    if depth != len(next(iter(b))):
+        return False
+    return depth == 0 or 2 * len(a.keys() & b.keys()) >= min(len(a), len(b)) or len(a) == len(b)
+
+
+def order_agrees(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
+    """Whether words in another order are the same name: `image_to_token` is not `token_to_image` if one side has both."""
+    a, b = ([w for s in path for w in keys.lexicon.content(s)] for path in (key, entry))
+    if a == b:
+        return True
+    return not any(
+        s in entries.segments for s in key if s not in entry and len(keys.lexicon.content(s)) > 1
+    ) and not any(s in keys.segments for s in entry if s not in key and len(keys.lexicon.content(s)) > 1)
+
+
+def _numbers_agree(keys: Side, key: Template, start: int, entries: Side, entry: Template, other: int) -> bool:
+    """Whether numbers in unlike segments count from the same start: `conv1` of `conv1..3` is not `convs.1` of `convs.0..2`."""
+    a, b = _numbers(keys, key, start), _numbers(entries, entry, other)
+    return all(x[1] == y[1] or (x[0] == y[0] and x[2] == y[2]) for x, y in zip(a, b, strict=False))
+
+
+def _numbers(side: Side, template: Template, start: int) -> list[tuple[int, str, int]]:
+    """Of each number in a tail: the number, its segment, and the first number of its row of siblings."""
+    out = []
+    for depth in range(start, len(template.path)):
+        stem, number = numbered(template.path[depth])
+        if number is not None:
+            out.append((number, template.path[depth], min(side.families[template.path[:depth], stem])))
+    return sorted(out)
+
+
+def _rank(key: Path, entry: Path, lexicon: Lexicon) -> int:
+    if key == entry:
+        return 3
+    a, b = ([w for s in path for w in lexicon.segment(s)] for path in (key, entry))
+    return 2 if sorted(a) == sorted(b) else 1
+
+
+def pair(keys: Side, entries: Side) -> dict[Template, Candidate]:
+    """The pairs that names in context are evidence for; each template is in one pair at most."""
+    found = candidates(keys, entries)
+    votes: dict[Place, set[Tail]] = defaultdict(set)
+    for key, options in found.items():
+        for option in options:
+            votes[option.place].add((option.tail, key.shape))
+    chosen: dict[Template, Candidate] = {}
+    for key, options in found.items():
+        best = _best(options, votes, keys, entries)
+        if best is not None:
+            chosen[key] = best
+    chosen = _mutual(chosen, found, votes)
+    return _together(chosen, keys, entries)
+
+
+def _strength(option: Candidate, votes: dict[Place, set[Tail]]) -> tuple[int, int, int]:
+    root = option.place == ((), ())
+    return (root, len(votes[option.place]), option.rank)
+
+
+def _best(options: list[Candidate], votes: dict[Place, set[Tail]], keys: Side, entries: Side) -> Candidate | None:
+    good = [o for o in options if _corresponds(o.place, votes[o.place], keys, entries)]
+    if not good:
+        return None
+    good.sort(key=lambda o: _strength(o, votes), reverse=True)
+    if len(good) > 1 and _strength(good[0], votes) == _strength(good[1], votes):
+        return None
+    return good[0]
+
+
+def _corresponds(place: Place, tails: set[Tail], keys: Side, entries: Side) -> bool:
+    """Whether two places may be one: by their words, or because different tensors below agree and no name speaks against."""
+    if place == ((), ()):
+        return True
+    if len(tails) < _SUPPORT or len({shape for _, shape in tails}) < 2:
+        return False
+    return not _both_own(place, keys, entries)
+
+
+def replaced(place: Place, lexicon: Lexicon) -> tuple[Path, Path]:
+    """What differs between two paths once what both start and end with is taken off."""
+    key, entry = place
+    a, b = ([lexicon.content(segment) for segment in path] for path in place)
+    left = 0
+    while left < min(len(a), len(b)) and a[left] == b[left]:
+        left += 1
+    right = 0
+    while right < min(len(a), len(b)) - left and a[-1 - right] == b[-1 - right]:
+        right += 1
+    return key[left : len(a) - right], entry[left : len(b) - right]
+
+
+def _both_own(place: Place, keys: Side, entries: Side) -> bool:
+    """Whether a name is replaced by another although one of the sides has both, side by side."""
+    key, entry = place
+    a, b = replaced(place, keys.lexicon)
+    if not a or not b:
+        return False
+    left = next(i for i in range(len(key) + 1) if key[i : i + len(a)] == a)
+    other = next(i for i in range(len(entry) + 1) if entry[i : i + len(b)] == b)
+    return (*entry[:other], *a) in entries.paths or (*key[:left], *b) in keys.paths
+
+
+def _mutual(
+    chosen: dict[Template, Candidate], found: dict[Template, list[Candidate]], votes: dict[Place, set[Tail]]
+) -> dict[Template, Candidate]:
+    """Each entry keeps the strongest of the keys that chose it, if one is."""
+    by_entry: dict[Template, list[Candidate]] = defaultdict(list)
+    for option in chosen.values():
+        by_entry[option.entry].append(option)
+    kept = {}
+    for options in by_entry.values():
+        options.sort(key=lambda o: _strength(o, votes), reverse=True)
+        if len(options) == 1 or _strength(options[0], votes) > _strength(options[1], votes):
+            kept[options[0].key] = options[0]
+    return kept
+
+
+def _together(chosen: dict[Template, Candidate], keys: Side, entries: Side) -> dict[Template, Candidate]:
+    """Siblings go together: a pair is dropped where most tensors around it, on either side, went to another place."""
+    images: tuple[dict[Path, Counter[Path]], ...] = (defaultdict(Counter), defaultdict(Counter))
+    voters: tuple[Counter[Path], ...] = (Counter(), Counter())
+    for option in chosen.values():
+        for a, b in corresponding(option.key, option.entry, keys, entries):
+            images[0][a][b] += 1
+            images[1][b][a] += 1
+        for side, path in enumerate((option.key.path, option.entry.path)):
+            voters[side].update(path[:depth] for depth in range(1, len(path)))
+    kept = {}
+    for key, option in chosen.items():
+        a, b = option.key.path, option.entry.path
+        if all(_goes_along(x, y, images[side], voters[side]) for side, x, y in ((0, a, b), (1, b, a))):
+            kept[key] = option
+    return kept
+
+
+def corresponding(key: Template, entry: Template, keys: Side, entries: Side) -> Iterator[Place]:
+    """The nodes above two templates below which their names have the same words."""
+    there: dict[Bag, list[int]] = defaultdict(list)
+    for depth, words in enumerate(entries.tails[entry]):
+        there[words].append(depth)
+    for depth, words in enumerate(keys.tails[key]):
+        for other in there.get(words, ()):
+            yield key.path[:depth], entry.path[:other]
+
+
+def _goes_along(path: Path, other: Path, images: dict[Path, Counter[Path]], voters: Counter[Path]) -> bool:
+    for depth in range(1, len(path)):
+        node = path[:depth]
+        usual = [image for image, count in images[node].items() if 2 * count > voters[node]]
+        if usual and voters[node] > 1 and all(other[: len(image)] != image for image in usual):
+            return False
+    return True

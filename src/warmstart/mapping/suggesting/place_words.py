@@ -1,0 +1,93 @@
+"""The words of what lies below two corresponding places, and what the vocabulary says of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+
+from warmstart.mapping.suggesting.items import Item
+from warmstart.mapping.suggesting.matching import Side
+from warmstart.mapping.suggesting.templates import Path, Place, numbered
+from warmstart.mapping.suggesting.vocabulary import Phrase
+from warmstart.mapping.suggesting.words import INDEX
+
+Modules = tuple[dict[Path, Path], dict[Path, Path]]  # of tensors in layers of torch: where the layer went
+
+
+class PlaceWords:
+    """The words of items below a place; a word that many of them have weighs little."""
+
+    def __init__(
+        self,
+        sides: tuple[Side, Side],
+        phrases: Sequence[Phrase],
+        modules: Modules,
+        place: Place,
+        items: tuple[Sequence[Item], Sequence[Item]],
+    ) -> None:
+        self.sides, self.phrases, self.modules, self.place = sides, phrases, modules, place
+        self._said: dict[Item, frozenset[str]] = {}
+        for side, both in enumerate(items):
+            for item in both:
+                self._said[item] = self._read(item, side)
+        self.counts = [Counter(w for i in both for w in self._said[i]) for both in items]
+
+    def _read(self, item: Item, side: int) -> frozenset[str]:
+        lexicon = self.sides[0].lexicon
+        path = item.path[len(self.place[side]) :]
+        out = set()
+        for depth, segment in enumerate(path, len(self.place[side])):
+            stem, number = numbered(segment)
+            for word in lexicon.content(segment):
+                if word.isdecimal() and number is not None:
+                    row = self.sides[side].families[item.path[:depth], stem]
+                    word = f"{word} of {min(row)}-{max(row)}"
+                if word != INDEX:
+                    out.add(word)
+        return frozenset(out)
+
+    def said(self, item: Item) -> frozenset[str]:
+        return self._said[item]
+
+    def score(self, x: Item, y: Item) -> float:
+        a, b = self._said[x], self._said[y]
+        if self.vetoed(x, y):
+            return 0.0
+        shared = sum(self._weight(w) for w in a & b)
+        total = sum(self._weight(w) for w in a) + sum(self._weight(w) for w in b)
+        return 2 * shared / total if total else 0.0
+
+    def _weight(self, word: str) -> float:
+        return 1 / max(1, self.counts[0][word], self.counts[1][word])
+
+    def sameturn_of(self, x: Item, y: Item) -> bool:
+        """Whether the vocabulary says that the two stand at the same place of one row."""
+        rows = [(turn_of(self._said[x], p.rows), turn_of(self._said[y], p.rows)) for p in self.phrases if p.tells]
+        return any(a and a == b for a, b in rows)
+
+    def vetoed(self, x: Item, y: Item) -> bool:
+        """Whether a tensor beside one of them went elsewhere, or the vocabulary says they stand at different places."""
+        there, back = self.modules[0].get(x.path), self.modules[1].get(y.path)
+        if (there and there not in (y.path, y.path[:-1])) or (back and back not in (x.path, x.path[:-1])):
+            return True
+        return self.contradicts(x, y, tells=True)
+
+    def contradicts(self, x: Item, y: Item, *, tells: bool) -> bool:
+        """Whether the vocabulary says that the two stand at different places of a row."""
+        turns = (self._turns(x, y, p) for p in self.phrases if p.tells is tells)
+        return any(a and b and a != b for a, b in turns)
+
+    def _turns(self, x: Item, y: Item, phrase: Phrase) -> tuple[tuple[int, ...], ...]:
+        return self.turn(x, phrase), self.turn(y, phrase)
+
+    def turn(self, item: Item, phrase: Phrase) -> tuple[int, ...]:
+        """Which place of a row the words of an item name, or those of its last segment; nothing if none."""
+        last = frozenset(self.sides[0].lexicon.content(item.path[-1]))
+        return turn_of(self._said[item], phrase.rows) or turn_of(last, phrase.rows)
+
+
+@lru_cache(maxsize=1 << 14)
+def turn_of(words: frozenset[str], rows: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
+    words = frozenset(word.partition(" ")[0] for word in words)
+    return tuple(sorted({turn for row in rows for turn, text in enumerate(row) if words == frozenset(text.split())}))

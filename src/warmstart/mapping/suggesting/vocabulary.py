@@ -1,0 +1,114 @@
+"""The declared vocabulary: words that codebases are known to use for one thing, each with its reason and its source.
+
+It is the only knowledge of particular libraries in here. Everything else works from the two trees alone;
+`suggest(..., vocabulary=False)` runs without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Synonym:
+    """Words of which each codebase uses one.
+
+    Attributes:
+        words: The spellings, the first one standing for all. A spelling of several words is written with spaces.
+        reason: Why they mean the same.
+        source: Which codebases write them.
+    """
+
+    words: tuple[str, ...]
+    reason: str
+    source: str
+
+
+SYNONYMS = (
+    Synonym(("query", "q", "wq", "theta"), "the query projection", "transformers BERT; llama; Megatron; fairseq"),
+    Synonym(("key", "k", "wk"), "the key projection", "transformers BERT; llama; fairseq"),
+    Synonym(("value", "v", "wv"), "the value projection", "transformers BERT; llama; fairseq"),
+    Synonym(
+        ("output", "out", "o", "wo"), "the projection after attention, or what leaves a block", "BERT; llama; CLIP"
+    ),
+    Synonym(("kv", "wkv"), "keys and values in one matrix", "DeepSeek against its transformers port"),
+    Synonym(("gate", "wgate"), "a gate's matrix", "DeepSeek against its transformers port"),
+    Synonym(
+        ("qkv", "wqkv", "query key value", "in proj"), "queries, keys and values in one matrix", "Megatron; timm; torch"
+    ),
+    Synonym(("attention", "attn", "att", "mha"), "an abbreviation", "timm; llama; fairseq"),
+    Synonym(
+        ("norm", "layernorm", "layer norm", "ln", "rmsnorm", "rms norm", "normalization"),
+        "a normalisation layer",
+        "all",
+    ),
+    Synonym(
+        ("mlp", "ffn", "feed forward", "feedforward"), "the position-wise network of a block", "timm; llama; OpenNMT"
+    ),
+    Synonym(("embed", "embedding", "emb", "embedder"), "an abbreviation", "all"),
+    Synonym(("position", "pos", "positional"), "an abbreviation", "timm; CLIP"),
+    Synonym(("conv", "conv1d", "conv2d", "conv3d", "convolution"), "the dimension is in the shape", "all; detectron2"),
+    Synonym(("bn", "batchnorm", "batch norm"), "an abbreviation", "torchvision; Keras"),
+    Synonym(("encoder", "enc"), "an abbreviation", "all"),
+    Synonym(("decoder", "dec"), "an abbreviation", "all"),
+    Synonym(("vision", "visual"), "the image side of a model of two", "CLIP against transformers"),
+    Synonym(("token", "tok"), "an abbreviation", "llama"),
+    Synonym(("language", "llm", "lm"), "the text side of a model of two", "multimodal ports of transformers"),
+    Synonym(("weight", "kernel"), "the matrix of a layer", "Keras; T5X"),
+    Synonym(("bias", "beta"), "the offset of a layer", "Keras; TensorFlow BERT"),
+    Synonym(("class", "cls"), "an abbreviation", "BERT; timm"),
+    Synonym(("image", "img"), "an abbreviation", "timm; DETR"),
+    Synonym(("temporal", "time"), "one axis", "video and audio models"),
+)
+
+# Words that say only that there is a layer, a linear map, a list or a wrapper: they tell two tensors apart only where
+# two names of one side differ by nothing else.
+FILLERS: Mapping[str, str] = {
+    "proj": "a linear map", "projection": "a linear map", "dense": "a linear map", "linear": "a linear map",
+    "fc": "a linear map", "lin": "a linear map",
+    "layer": "an item of a list", "block": "an item of a list", "h": "an item of a list (GPT-2)",
+    "resblock": "an item of a list (CLIP)",
+    "self": "self-attention is attention", "module": "a wrapper", "param": "a container", "net": "a container",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Phrase:
+    """Norms whose names say where they stand; both sides name all of a block's norms in one row.
+
+    Attributes:
+        rows: Each row names the same places, in order, as one family of codebases does.
+        tells: Whether the names are evidence for the pairs; else they only speak against the others.
+    """
+
+    rows: tuple[tuple[str, ...], ...]
+    reason: str
+    source: str
+    tells: bool = True
+
+
+PHRASES = (
+    Phrase(
+        (
+            ("input norm", "post attention norm"),
+            ("attention norm", "mlp norm"),
+            ("attention norm", "final norm"),
+            ("norm 1", "norm 2"),
+            ("norm before", "norm after"),
+        ),
+        "the two norms of a pre-norm block: before attention, and between attention and MLP",
+        "transformers Llama; Meta's llama; fairseq; timm and CLIP; transformers BEiT",
+    ),
+    Phrase(
+        (("embed norm", "final norm"), ("input norm", "norm"), ("norm pre", "norm post"), ("pre norm", "post norm")),
+        "the two norms of a stack: on its embeddings, and after its last block",
+        "Conformer encoders; CLIP (ln_pre, ln_post) against transformers",
+    ),
+    Phrase(
+        (("gate", "up", "down"), ("w 1", "w 3", "w 2")),
+        "the three maps of a gated MLP; which of w1 and w3 is the gate is each codebase's own choice",
+        "transformers Llama; Meta's llama",
+        tells=False,
+    ),
+)

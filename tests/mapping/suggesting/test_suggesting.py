@@ -1,0 +1,363 @@
+"""What is sure, what is proposed, and what is not answered at all."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import warmstart
+from warmstart import MappingError, Pretrained
+from warmstart.mapping.suggesting.suggesting import suggest_rules
+
+from .conftest import Header, layers, net
+
+D, F = 8, 32
+BERT = {
+    "attention.self.query.weight": (D, D), "attention.self.query.bias": (D,),
+    "attention.self.key.weight": (D, D), "attention.self.key.bias": (D,),
+    "attention.self.value.weight": (D, D), "attention.self.value.bias": (D,),
+    "attention.output.dense.weight": (D, D), "attention.output.dense.bias": (D,),
+    "intermediate.dense.weight": (F, D), "intermediate.dense.bias": (F,),
+    "output.dense.weight": (D, F), "output.dense.bias": (D,),
+}  # fmt: skip
+OWN = {
+    "attn.q.weight": "attention.self.query.weight", "attn.q.bias": "attention.self.query.bias",
+    "attn.k.weight": "attention.self.key.weight", "attn.k.bias": "attention.self.key.bias",
+    "attn.v.weight": "attention.self.value.weight", "attn.v.bias": "attention.self.value.bias",
+    "attn.o.weight": "attention.output.dense.weight", "attn.o.bias": "attention.output.dense.bias",
+    "mlp.fc1.weight": "intermediate.dense.weight", "mlp.fc1.bias": "intermediate.dense.bias",
+    "mlp.fc2.weight": "output.dense.weight", "mlp.fc2.bias": "output.dense.bias",
+}  # fmt: skip
+
+
+def bert(count: int = 3) -> tuple[dict, dict, dict]:
+    """A BERT-like checkpoint, an own model, and the truth: entry to key."""
+    keys = layers("bert.encoder.layer.{}", BERT, range(count)) | {"bert.embeddings.word_embeddings.weight": (100, D)}
+    truth = {f"blocks.{i}.{own}": f"bert.encoder.layer.{i}.{key}" for i in range(count) for own, key in OWN.items()}
+    truth["word_embedding.weight"] = "bert.embeddings.word_embeddings.weight"
+    return keys, {entry: keys[key] for entry, key in truth.items()}, truth
+
+
+def wrong(suggestion, truth) -> dict[str, str]:
+    return {entry: keys[0] for entry, keys in suggestion.mapping.items() if truth.get(entry) != keys[0]}
+
+
+def test_a_whole_architecture_by_a_few_rules(suggest):
+    keys, entries, truth = bert()
+    suggestion = suggest(keys, entries)
+    assert {entry: found[0] for entry, found in suggestion.mapping.items()} == truth
+    assert suggestion.proposed == ()
+    assert suggestion.unexplained == ((), ())
+    assert suggestion.coverage == (1.0, 1.0)
+    assert len(suggestion.pretrained.rename) <= 10
+
+
+def test_in_the_other_direction_too(suggest):
+    keys, entries, truth = bert()
+    suggestion = suggest(entries, keys)
+    assert {found[0]: entry for entry, found in suggestion.mapping.items()} == truth
+
+
+def test_the_plan_does_what_the_suggestion_says(suggest):
+    keys, entries, _ = bert()
+    suggestion = suggest(keys, entries)
+    plan = warmstart.plan(net(entries), suggestion.pretrained)
+    assert not plan.errors, plan.explain()
+    assert plan.mapping == suggestion.mapping
+
+
+def test_equal_names_need_no_rule(suggest):
+    keys, _, _ = bert()
+    assert suggest(keys, keys).pretrained.rules() == {"strip_prefix": ""}
+
+
+def test_a_prefix_alone_is_stripped(suggest):
+    keys, _, _ = bert()
+    assert suggest({f"module_.net.{k}": v for k, v in keys.items()}, keys).pretrained.rules() == {
+        "strip_prefix": "module_.net"
+    }
+
+
+def test_a_prefix_alone_is_added(suggest):
+    keys, _, _ = bert()
+    found = suggest(keys, {f"backbone.{k}": v for k, v in keys.items()})
+    assert found.pretrained.rules() == {"strip_prefix": "", "rename": {"^": "backbone."}}
+
+
+def test_values_arrive_where_the_rules_say():
+    keys, entries, truth = bert()
+    source = {key: torch.randn(shape) for key, shape in keys.items()}
+    model = net(entries).to_empty(device="cpu")
+    checkpoint = warmstart.open_checkpoint(source)
+    suggestion = suggest_rules(model, Pretrained(source), checkpoint)
+    warmstart.load(model, suggestion.pretrained)
+    for entry, tensor in model.state_dict().items():
+        assert torch.equal(tensor, source[truth[entry]])
+
+
+def test_yaml_is_the_fields_of_a_pretrained(suggest, tmp_path):
+    keys, entries, _ = bert()
+    suggestion = suggest(keys, entries)
+    fields = yaml.safe_load(suggestion.to_yaml())
+    plan = warmstart.plan(net(entries), Pretrained(Header(keys), **fields))
+    assert plan.mapping == suggestion.mapping
+
+
+# ---- twins ----
+
+GATED = {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
+NUMBERED = {"ffn.w1.weight": (F, D), "ffn.w3.weight": (F, D), "ffn.w2.weight": (D, F)}
+
+
+def gated(suggest, **options):
+    keys = layers("layers.{}", {"attn.wq.weight": (D, D), "norm.weight": (D,)} | NUMBERED, range(4))
+    entries = layers("layers.{}", {"attn.q_proj.weight": (D, D), "norm.weight": (D,)} | GATED, range(4))
+    return suggest(keys, entries, **options)
+
+
+def test_twins_of_equal_shape_are_said_in_both_readings_and_not_applied(suggest):
+    suggestion = gated(suggest)
+    twins = {f"layers.{i}.mlp.{name}.weight" for i in range(4) for name in ("gate_proj", "up_proj")}
+    assert not twins & suggestion.mapping.keys()
+    (proposal,) = [p for p in suggestion.proposed if twins & p.mapping.keys()]
+    assert proposal.mapping["layers.0.mlp.gate_proj.weight"] == ("layers.0.ffn.w1.weight",)
+    (rival,) = proposal.rivals
+    assert rival["layers.0.mlp.gate_proj.weight"] == ("layers.0.ffn.w3.weight",)
+    assert rival["layers.0.mlp.up_proj.weight"] == ("layers.0.ffn.w1.weight",)
+    assert "both ways" in proposal.doubt
+    assert "or: " in str(suggestion)
+
+
+def test_accept_applies_the_first_reading_of_what_it_names(suggest):
+    suggestion = gated(suggest, accept="layers.*.mlp.gate_proj")
+    assert suggestion.mapping["layers.3.mlp.gate_proj.weight"] == ("layers.3.ffn.w1.weight",)
+    assert suggestion.mapping["layers.3.mlp.up_proj.weight"] == ("layers.3.ffn.w3.weight",)
+
+
+def test_accept_of_nothing_proposed_is_an_error(suggest):
+    with pytest.raises(MappingError, match=r"accept='head' names no entry"):
+        gated(suggest, accept="head")
+
+
+# ---- what is missing on both sides ----
+
+
+@pytest.mark.parametrize(
+    ("key", "entry"),
+    [("gate_proj", "up_proj"), ("up_proj", "gate_proj"), ("q_proj", "k_proj"), ("q_norm", "k_norm"), ("norm1", "norm2"),
+     ("layernorm_before", "layernorm_after"), ("running_a", "running_b")],
+)  # fmt: skip
+def test_the_last_two_of_a_shape_are_not_a_pair(suggest, key, entry):
+    parts = {"self_attn.o_proj.weight": (D, D), "mlp.down_proj.weight": (D, F), "mlp.down_proj.bias": (D,)}
+    keys = layers("layers.{}", parts | {f"self_attn.{key}.weight": (7, 5)}, range(4))
+    entries = layers("model.layers.{}", parts | {f"self_attn.{entry}.weight": (7, 5)}, range(4))
+    suggestion = suggest(keys, entries)
+    assert len(suggestion.mapping) == 12
+    assert not [name for name in suggestion.mapping if entry in name]
+
+
+def test_an_exact_name_is_not_taken_by_another_tensor(suggest):
+    keys = {f"enc.{i}.{x}.weight": (4, 4) for i in range(6) for x in "abc"}
+    entries = {f"{name}": shape for name, shape in keys.items()}
+    assert {e: k[0] for e, k in suggest(keys, entries).mapping.items()} == {name: name for name in keys}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["names", "kinds"]))
+def test_nothing_sure_is_wrong_whatever_is_dropped(seed, what):
+    keys, entries, truth = bert(4)
+    chance = random.Random(seed)
+
+    def kept(names):
+        kind = (
+            (lambda n: n)
+            if what == "names"
+            else (lambda n: ".".join("#" if s.isdecimal() else s for s in n.split(".")))
+        )
+        gone = {k for k in sorted({kind(n) for n in names}) if chance.random() < 0.15}
+        return {n: s for n, s in names.items() if kind(n) not in gone}
+
+    checkpoint = Header(kept(keys))
+    try:
+        suggestion = suggest_rules(net(kept(entries)), Pretrained(checkpoint), checkpoint)
+    except MappingError:
+        return
+    assert not wrong(suggestion, truth)
+
+
+words_of_letters = st.text("bcdfghjklmnpqrtvwxz", min_size=4, max_size=9)  # without the plural's s
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_another_language_on_both_sides_makes_nothing_wrong(data):
+    keys, entries, truth = bert()
+    known = sorted({w for n in (*keys, *entries) for w in n.split(".") if not w.isdecimal()} - {"weight", "bias"})
+    drawn = data.draw(st.lists(words_of_letters, min_size=len(known), max_size=len(known), unique=True))
+    language = dict(zip(known, drawn, strict=True))
+
+    def said(name):
+        return ".".join(language.get(word, word) for word in name.split("."))
+
+    checkpoint = Header({said(k): v for k, v in keys.items()})
+    try:
+        suggestion = suggest_rules(net({said(e): v for e, v in entries.items()}), Pretrained(checkpoint), checkpoint)
+    except MappingError:
+        return
+    assert not wrong(suggestion, {said(e): said(k) for e, k in truth.items()})
+
+
+# ---- indices ----
+
+
+def test_a_list_that_starts_later_is_a_conversion(suggest):
+    parts = {"conv.weight": (4, 3), "conv.bias": (4,), "norm.weight": (5,)}
+    keys = layers("decoder.layers.{}", parts, range(1, 6)) | {"decoder.embed.weight": (9, 9)}
+    entries = layers("decoder.layers.{}", parts, range(5)) | {"decoder.embed.weight": (9, 9)}
+    suggestion = suggest(keys, entries)
+    assert suggestion.mapping["decoder.layers.0.conv.weight"] == ("decoder.layers.1.conv.weight",)
+    assert len(suggestion.mapping) == 16
+    assert warmstart.plan(net(entries), suggestion.pretrained).mapping == suggestion.mapping
+
+
+def test_lists_with_gaps_that_start_differently_are_said_both_ways(suggest):
+    rest = {f"other.{x}.weight": (i + 2, 9) for i, x in enumerate("abcdefghijkl")}
+    keys = layers("items.{}", {"w.weight": (4, 3)}, (1, 2, 4)) | rest
+    entries = layers("items.{}", {"w.weight": (4, 3)}, (0, 1, 3)) | rest
+    suggestion = suggest(keys, entries)
+    assert len(suggestion.mapping) == 12
+    assert all("numbers" in p.doubt for p in suggestion.proposed)
+
+
+def test_a_list_alone_whose_numbers_differ_is_said_both_ways(suggest):
+    parts = {"norm.weight": (4,), "fc.weight": (4, 3), "fc.bias": (3,), "up.weight": (3, 4)}
+    keys = layers("text.layers.{}", parts, range(6)) | {f"text.extra.layer_query.{i}": (5,) for i in range(5)}
+    entries = layers("text.layers.{}", parts, range(6)) | {f"text.layers.{i}.query": (5,) for i in range(1, 6)}
+    suggestion = suggest(keys, entries)
+    assert len(suggestion.mapping) == 24
+    assert not [entry for entry in suggestion.mapping if "query" in entry]
+
+
+def test_a_raw_number_is_no_match(suggest):
+    rest = layers("layers.{}", {"fc.weight": (4, 3), "fc.bias": (4,), "norm.weight": (5,)}, range(4))
+    keys = rest | {f"stem.conv2d{i}.weight": (6, 6, 3, 3) for i in (1, 2, 3)}
+    entries = {f"net.{k}": v for k, v in rest.items()} | {f"net.stem.convs.{i}.weight": (6, 6, 3, 3) for i in range(3)}
+    suggestion = suggest(keys, entries)
+    truth = {f"net.stem.convs.{i}.weight": f"stem.conv2d{i + 1}.weight" for i in range(3)}
+    assert not wrong(suggestion, truth | {f"net.{name}": name for name in rest})
+
+
+def test_words_that_both_sides_own_have_their_own_partners(suggest):
+    """`fpn` against `pan`, with the true partner of one missing on each side."""
+    parts = {"conv.weight": (4, 4, 3, 3), "conv.bias": (4,), "norm.weight": (7,)}
+    keys = layers("neck.fpn.{}", parts, range(3)) | layers("neck.pan.{}", parts, range(3))
+    entries = {f"model.{name}": shape for name, shape in keys.items()}
+    del keys["neck.pan.1.conv.weight"]
+    del entries["model.neck.fpn.1.conv.weight"]
+    assert not wrong(suggest(keys, entries), {f"model.{name}": name for name in keys})
+
+
+# ---- what is not answered ----
+
+
+def test_unrelated_sides_are_an_error_with_the_best_partial_explanation(suggest):
+    keys, _, _ = bert()
+    other = {f"features.{i}.conv.weight": (4, 4, 3, 3) for i in range(20)} | {
+        "bert.encoder.layer.0.output.dense.bias": (D,)
+    }
+    with pytest.raises(MappingError, match="too little in common") as error:
+        suggest(keys, other)
+    assert "1 of 37 keys" in str(error.value)
+    assert "into=" in str(error.value)
+
+
+def test_rules_that_are_there_already_are_not_inferred_again(suggest):
+    keys, entries, _ = bert()
+    with pytest.raises(MappingError, match="rename= is what suggest infers"):
+        suggest(keys, entries, fields={"rename": {"a": "b"}})
+
+
+def test_into_and_select_narrow_both_sides(suggest):
+    keys, entries, truth = bert()
+    model = {f"tower.{e}": s for e, s in entries.items()} | {"head.weight": (3, D)}
+    suggestion = suggest(keys | {"cls.weight": (2, 2)}, model, fields={"into": "tower", "select": "bert"})
+    assert {e.removeprefix("tower."): k[0] for e, k in suggestion.mapping.items()} == truth
+    assert suggestion.unexplained == ((), ())
+
+
+def test_what_is_left_on_both_sides_is_said(suggest):
+    keys, entries, _ = bert()
+    suggestion = suggest(keys | {"cls.decoder.weight": (7, 3)}, entries | {"head.fc.weight": (5, 2)})
+    assert suggestion.unexplained == (("cls.decoder.weight",), ("head.fc.weight",))
+    assert "cls.decoder.weight" in suggestion.to_yaml()
+
+
+def test_hostile_names_are_printed_safely(suggest):
+    keys, entries, _ = bert()
+    text = str(suggest(keys | {"\x1b[31mred\n.weight": (3,)}, entries))
+    assert "\x1b" not in text
+    assert "\\x1b[31mred\\n.weight" in text
+
+
+def test_names_that_look_like_the_notation_are_names(suggest):
+    keys, _, _ = bert()
+    odd = {"a.#.b": (2,), "c#.d": (3,), "{i}.e": (4,), "f.\ue000.g": (5,), r"h\1.i": (6,)}
+    suggestion = suggest({f"net.{k}": v for k, v in (keys | odd).items()}, keys | odd)
+    assert suggestion.mapping.keys() >= (keys | odd).keys() - {"f.\ue000.g"}
+    assert not wrong(suggestion, {name: f"net.{name}" for name in keys | odd})
+
+
+def test_no_order_of_keys_is_evidence(suggest):
+    keys, entries, _ = bert()
+    chance = random.Random(0)
+    shuffled = [dict(chance.sample(list(side.items()), len(side))) for side in (keys, entries)]
+    assert suggest(*shuffled).mapping == suggest(keys, entries).mapping
+
+
+def test_tied_entries_are_explained_by_their_twin():
+    model = nn.ModuleDict({"emb": nn.Embedding(9, 4), "fc": nn.Linear(4, 4), "head": nn.Linear(4, 9, bias=False)})
+    model["head"].weight = model["emb"].weight
+    source = {"net.emb.weight": torch.randn(9, 4), "net.fc.weight": torch.randn(4, 4), "net.fc.bias": torch.randn(4)}
+    suggestion = suggest_rules(model, Pretrained(source), warmstart.open_checkpoint(source))
+    assert suggestion.unexplained == ((), ())
+    warmstart.load(model, suggestion.pretrained)
+    assert torch.equal(model["head"].weight, source["net.emb.weight"])
+
+
+# ---- values ----
+
+
+def test_values_refute_a_proposal():
+    """A norm's weight is near one; what lies near zero is its bias, whatever shape says."""
+    model = nn.ModuleDict(
+        {
+            "blocks": nn.ModuleList(
+                nn.ModuleDict({"norm": nn.LayerNorm(5, bias=False), "fc": nn.Linear(5, 3)}) for _ in range(3)
+            )
+        }
+    )
+    source = {
+        f"blocks.{i}.fc.{leaf}": torch.randn(shape)
+        for i in range(3)
+        for leaf, shape in (("weight", (3, 5)), ("bias", (3,)))
+    }
+    source |= {f"blocks.{i}.shift.weight": torch.zeros(5) for i in range(3)}
+    checkpoint = warmstart.open_checkpoint(source)
+    by_names = suggest_rules(model, Pretrained(source), checkpoint)
+    by_values = suggest_rules(model, Pretrained(source), checkpoint, evidence="values")
+    assert [p for p in by_names.proposed if "blocks.0.norm.weight" in p.mapping]
+    assert not by_values.proposed
+
+
+def test_a_hundred_thousand_keys_are_a_few_decisions(suggest):
+    keys = layers("encoder.layer.{}", BERT, range(1000))
+    entries = {f"blocks.{i}.{own}": keys[f"encoder.layer.{i}.{key}"] for i in range(1000) for own, key in OWN.items()}
+    suggestion = suggest(keys, entries)
+    assert len(suggestion.mapping) == len(entries)
+    assert len(suggestion.pretrained.rename) <= 10
