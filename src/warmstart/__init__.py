@@ -1,6 +1,6 @@
 """Start training from pretrained weights: planned, verified by value, frozen, reported."""
 
-from warmstart.api import freeze, load, plan
+from warmstart.api import freeze, load, plan, suggest
 from warmstart.checkpoints.averaging import average
 from warmstart.checkpoints.base import Checkpoint, TensorInfo
 from warmstart.checkpoints.opening import open_checkpoint
@@ -36,6 +36,7 @@ from warmstart.mapping.conversions.ops import (
 )
 from warmstart.mapping.plan import Plan
 from warmstart.mapping.pretrained import Pretrained, PretrainedFields
+from warmstart.mapping.suggesting.suggestion import Suggestion
 from warmstart.report import Report
 from warmstart.version import __version__
 
@@ -67,6 +68,7 @@ __all__ = [
     "SliceOrPad",
     "Split",
     "Stack",
+    "Suggestion",
     "TensorInfo",
     "TimingError",
     "Transpose",
@@ -79,4 +81,5 @@ __all__ = [
     "load",
     "open_checkpoint",
     "plan",
+    "suggest",
 ]

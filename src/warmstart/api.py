@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 from typing_extensions import Unpack
@@ -18,6 +19,8 @@ from warmstart.mapping.lock import compare
 from warmstart.mapping.plan import Plan, Verify
 from warmstart.mapping.planning import make_plan
 from warmstart.mapping.pretrained import Pretrained, PretrainedFields, Source, as_parts
+from warmstart.mapping.suggesting.suggesting import suggest_rules
+from warmstart.mapping.suggesting.suggestion import Suggestion
 from warmstart.mapping.targets import Targets
 from warmstart.patterns import Patterns
 from warmstart.rendering.page import write_page
@@ -99,6 +102,46 @@ def plan(
     if lock is not None and (changed := compare(made, lock)):
         made = dataclasses.replace(made, errors=(*made.errors, *changed))
     return made
+
+
+def suggest(
+    model: nn.Module,
+    source: Source | Pretrained,
+    /,
+    *,
+    accept: Patterns = (),
+    vocabulary: bool = True,
+    evidence: Literal["names", "values"] = "names",
+    **fields: Unpack[PretrainedFields],
+) -> Suggestion:
+    """Infer the rules by which a checkpoint goes into a model, from names, shapes and tree structure alone.
+
+    Args:
+        model: The model; it is not touched, and may be on the meta device.
+        source: The checkpoint, or a `Pretrained` without rules (`checkpoint_key`, `select`, `into`, ... are respected).
+        accept: Patterns of model entries whose proposals are applied as well, in their first reading.
+        vocabulary: Whether the declared synonyms of known codebases are used.
+        evidence: `"values"` lets a bounded sample of the checkpoint's tensors refute proposals; `"names"` reads no tensor.
+        **fields: `Pretrained`'s fields but its rules, for a bare source.
+
+    Returns:
+        What is sure (`.pretrained`, ready for `load`), what is proposed, and what is unexplained.
+
+    Raises:
+        CheckpointError: The source cannot be opened.
+        MappingError: Both have too little in common; the message has the best partial explanation.
+    """
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        raise TypeError("suggest takes one source; ask for each of several alone, with into= or select=")
+    (pretrained,) = as_parts(source, fields)
+    checkpoint = open_checkpoint(
+        pretrained.source,
+        checkpoint_key=pretrained.checkpoint_key,
+        revision=pretrained.revision,
+        subfolder=pretrained.subfolder,
+        trust_pickle=pretrained.trust_pickle,
+    )
+    return suggest_rules(model, pretrained, checkpoint, accept=accept, vocabulary=vocabulary, evidence=evidence)
 
 
 def apply(plan: Plan[Report], *, verify: Verify = "full", held: Held = "eval") -> Report:

@@ -118,7 +118,8 @@ nothing matched: none of the 2 keys fits any of the 2 model entries in scope
   the model has entries such as
     conv.w  (2,)
     conv.b  (2,)
-  -> rename={regex: replacement} maps the first onto the second, if it is the right file at all"""
+  -> rename={regex: replacement} maps the first onto the second, if it is the right file at all;
+     print(warmstart.suggest(model, source)), or `warmstart suggest SOURCE --model ...`, infers such rules"""
     )
 
 

@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "convert": ("converting", "a checkpoint under rules, written as a new one"),
     "check": ("checking", "whether a run was really started from a checkpoint"),
     "lineage": ("ancestry", "where the weights of a file come from"),
+    "suggest": ("suggesting", "the rules by which a checkpoint goes into a model, inferred"),
 }
 """Each command's module in this package, with `add_arguments(parser)` and `run(options)`, and what it shows."""
 

@@ -222,7 +222,8 @@ def unexcused(
         notes.append(
             f"{len(migrated)} num_batches_tracked are not in the file and keep their value, as in torch itself"
         )
-    open_missing = [name for name in missing if name not in excused["allow_missing"] | migrated]
+    may_miss = excused["allow_missing"] | migrated
+    open_missing = [name for name in missing if name not in may_miss]
     if open_missing and len(nothing) < len(parts):
         message = (
             f"{_count(open_missing, 'model entry', 'model entries')} without a key in the checkpoint\n"
@@ -232,7 +233,8 @@ def unexcused(
         errors.append(Problem("missing", message, tuple(open_missing)))
 
     refused = {name for part in parts for name in part.reported}
-    bad = {name: m for name, m in mismatched.items() if name not in excused["allow_mismatched"] | refused}
+    may_differ = excused["allow_mismatched"] | refused
+    bad = {name: m for name, m in mismatched.items() if name not in may_differ}
     if bad:
         rows = ((n, f"checkpoint {m.checkpoint_shape}, model {m.model_shape}") for n, m in bad.items())
         message = (
