@@ -52,7 +52,8 @@ def plan_part(number: int, pretrained: Pretrained, checkpoint: Checkpoint, targe
     scope = _scope(pretrained, targets, out)
     keys = without_collisions(keys, out)
     keys = _converted(keys, pretrained, out)
-    scope = _seen(scope, keys, out)
+    if targets.peft_prefixes:
+        scope = _seen(scope, keys, out)
     named, shapes = {key.name: key.shape for key in keys}, scope.shapes
 
     prefix: Prefix | None = None
@@ -72,6 +73,8 @@ def plan_part(number: int, pretrained: Pretrained, checkpoint: Checkpoint, targe
     leftover = _matched(keys, scope, targets, out)
     fill(pretrained, list(scope.entries.values()), targets, out)
     out.notes += apart(list(scope.entries.values()), out.assigned)
+    if leftover and not targets.peft_prefixes:  # keys of an adapter, which a plain model has no place for
+        out.hint = view(list(scope.entries.values()), scope.into, [key.name for key in leftover]).hint
     if leftover and pretrained.strip_prefix is not None and not out.hint:
         out.hint = better_prefix(plain, shapes, pretrained, len(out.assigned))
     _leftovers(leftover, scope, targets, out)

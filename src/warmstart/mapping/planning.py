@@ -206,7 +206,6 @@ def unexcused(
 ) -> list[Problem]:
     """The names in the three bad buckets that no `allow_*` pattern excuses, and patterns that hit nothing."""
     errors: list[Problem] = []
-    names = [t.clean for t in targets.entries.values()]
     excused: dict[str, set[str]] = {"allow_missing": set(), "allow_mismatched": set()}
     for part in parts:
         for where, found in excused.items():
@@ -214,7 +213,7 @@ def unexcused(
             if not patterns:
                 continue
             found.update(name for name in targets.entries if patterns.matches(*targets.spellings(name)))
-            report_unused(patterns, names, "model entry", errors)
+            report_unused(patterns, [t.clean for t in targets.entries.values()], "model entry", errors)
 
     migrated = _may_lack(missing, parts, targets)
     excused["allow_missing"].update(*(part.excused for part in parts))
@@ -322,7 +321,12 @@ def _may_lack(missing: Sequence[str], parts: list[PartPlan], targets: Targets) -
 def _coverage(scope: Collection[str], assignments: Sequence[Assignment], targets: Targets) -> float:
     """Share of the elements in scope that are loaded; of a partly loaded entry, those that are."""
     entries = targets.entries
-    total = sum(entries[name].numel for name in {entries[name].canonical for name in scope})
+    total, met = 0, set()
+    for name in scope:
+        target = entries[name]
+        if target.canonical not in met:
+            met.add(target.canonical)
+            total += target.numel
     loaded: dict[str, float] = {}
     for assignment in assignments:
         if assignment.alias_of is None and assignment.fill is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -31,6 +30,7 @@ class Target:
         adapter: Where it stands in a PEFT adapter; None for an entry of the model itself.
         shape: Its shape; `()` for a lazy one, which has none yet.
         lazy: Whether it had no shape when it was found: a load gives it the checkpoint's.
+        numel: Its number of elements; 0 for a lazy one.
         alias_of: Name of the first entry that is the same tensor; None for the first one.
     """
 
@@ -43,11 +43,8 @@ class Target:
     adapter: AdapterEntry | None
     shape: tuple[int, ...]
     lazy: bool
+    numel: int
     alias_of: str | None = None
-
-    @property
-    def numel(self) -> int:
-        return 0 if self.lazy else math.prod(self.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -191,7 +188,8 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
                     lazy = is_lazy(tensor)
                     shape = () if lazy else tuple(tensor.shape)
                     adapter = member_of_adapter(module, base, clean, at, leaf)
-                    yield Target(name, clean_name, kind, tensor, module, leaf, adapter, shape, lazy)
+                    numel = 0 if lazy else tensor.numel()
+                    yield Target(name, clean_name, kind, tensor, module, leaf, adapter, shape, lazy, numel)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             targets.extra_state.add(join(clean, "_extra_state"))
         children = [(n, m) for n, m in module._modules.items() if m is not None]
