@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 from typing_extensions import Unpack
 
+from warmstart.checkpoints.base import Checkpoint
 from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.errors import CheckpointError, MappingError, VerificationError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
@@ -85,20 +86,8 @@ def plan(
             f"the model comes first and the source second: load(model, source), not a {type(model).__name__} first"
         )
     parts = as_parts(pretrained, fields)
-    opened = [
-        (
-            p,
-            open_checkpoint(
-                p.source,
-                checkpoint_key=p.checkpoint_key,
-                revision=p.revision,
-                subfolder=p.subfolder,
-                trust_pickle=p.trust_pickle,
-            ),
-        )
-        for p in parts
-    ]
-    made = make_plan(model, opened, apply, write_page)
+    sources = [(part, opened(part)) for part in parts]
+    made = make_plan(model, sources, apply, write_page)
     if lock is not None and (changed := compare(made, lock)):
         made = dataclasses.replace(made, errors=(*made.errors, *changed))
     return made
@@ -134,14 +123,22 @@ def suggest(
     if isinstance(source, Sequence) and not isinstance(source, str):
         raise TypeError("suggest takes one source; ask for each of several alone, with into= or select=")
     (pretrained,) = as_parts(source, fields)
-    checkpoint = open_checkpoint(
-        pretrained.source,
-        checkpoint_key=pretrained.checkpoint_key,
-        revision=pretrained.revision,
-        subfolder=pretrained.subfolder,
-        trust_pickle=pretrained.trust_pickle,
+    return suggest_rules(model, pretrained, opened(pretrained), accept=accept, vocabulary=vocabulary, evidence=evidence)
+
+
+def opened(part: Pretrained, checkpoint_key: str | None = None) -> Checkpoint:
+    """The source of these rules, or another tree of it.
+
+    Raises:
+        CheckpointError: It cannot be opened.
+    """
+    return open_checkpoint(
+        part.source,
+        checkpoint_key=part.checkpoint_key if checkpoint_key is None else checkpoint_key,
+        revision=part.revision,
+        subfolder=part.subfolder,
+        trust_pickle=part.trust_pickle,
     )
-    return suggest_rules(model, pretrained, checkpoint, accept=accept, vocabulary=vocabulary, evidence=evidence)
 
 
 def apply(plan: Plan[Report], *, verify: Verify = "full", held: Held = "eval") -> Report:

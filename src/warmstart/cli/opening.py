@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from warmstart import api
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.errors import CheckpointError
 from warmstart.mapping.pretrained import Pretrained
 
@@ -19,13 +19,7 @@ def opened(pretrained: Pretrained, checkpoint_key: str | None = None) -> Checkpo
     Raises:
         CheckpointError: It cannot be read, or has another SHA-256 than was asked for.
     """
-    checkpoint = open_checkpoint(
-        pretrained.source,
-        checkpoint_key=pretrained.checkpoint_key if checkpoint_key is None else checkpoint_key,
-        revision=pretrained.revision,
-        subfolder=pretrained.subfolder,
-        trust_pickle=pretrained.trust_pickle,
-    )
+    checkpoint = api.opened(pretrained, checkpoint_key)
     wanted = pretrained.sha256
     if wanted is not None and (found := checkpoint.sha256()) != wanted.lower():
         raise CheckpointError(

@@ -58,8 +58,8 @@ def write(plan: Plan, verify: Verify) -> Written:
     done: list[str] = []
     begun = False
     try:
-        begun = needs_memory(plan)
-        result.notes += materialise(plan)
+        if begun := needs_memory(plan):
+            result.notes += materialise(plan)
         with torch.no_grad():
             for assignment in written(plan):
                 target = plan.targets.entries[assignment.target]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.mapping.adapters.base import Adapter, Shape
-from warmstart.mapping.derivations import Derivation
+from warmstart.mapping.adapters.base import Adapter
+from warmstart.mapping.derivations import Derivation, Shape
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.targets import Targets
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-Shape = tuple[int, ...]
+from warmstart.mapping.derivations import Shape
 
 
 class Adapter(ABC):

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from warmstart.mapping.adapters.base import Adapter, Shape
+from warmstart.mapping.adapters.base import Adapter
 from warmstart.mapping.adapters.refusals import KEEP_OWN, check_mode, refused
 from warmstart.mapping.adapters.resampling import wide
+from warmstart.mapping.derivations import Shape
 
 
 @dataclass(frozen=True)

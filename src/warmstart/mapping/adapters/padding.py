@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from warmstart.errors import MappingError
-from warmstart.mapping.adapters.base import Adapter, Shape
+from warmstart.mapping.adapters.base import Adapter
 from warmstart.mapping.adapters.refusals import KEEP_OWN, refused
+from warmstart.mapping.derivations import Shape
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from warmstart.mapping.adapters.base import Adapter, Shape
+from warmstart.mapping.adapters.base import Adapter
 from warmstart.mapping.adapters.refusals import KEEP_OWN, refused
 from warmstart.mapping.adapters.resampling import along, pseudo_inverse, resampling, wide
+from warmstart.mapping.derivations import Shape
 
 
 @dataclass(frozen=True)

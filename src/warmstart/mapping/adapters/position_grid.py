@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from warmstart.errors import MappingError
-from warmstart.mapping.adapters.base import Adapter, Shape
+from warmstart.mapping.adapters.base import Adapter
 from warmstart.mapping.adapters.grids import (
     Grid,
     GridLike,
@@ -23,6 +23,7 @@ from warmstart.mapping.adapters.grids import (
 )
 from warmstart.mapping.adapters.refusals import KEEP_OWN, check_mode, refused, written
 from warmstart.mapping.adapters.resampling import wide
+from warmstart.mapping.derivations import Shape
 
 _PREFIX_TOKENS = range(17)  # tried for a hint: class and distillation tokens, and registers
 

@@ -6,8 +6,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 from warmstart.errors import MappingError
-from warmstart.mapping.adapters.base import Adapter, Shape
+from warmstart.mapping.adapters.base import Adapter
 from warmstart.mapping.adapters.labels import Labels
+from warmstart.mapping.derivations import Shape
 
 KEEP_OWN = 'allow_mismatched=["<entry>"]'
 

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from warmstart.mapping.adapters.base import Adapter, Shape
+from warmstart.mapping.adapters.base import Adapter
 from warmstart.mapping.adapters.grids import Grid, GridLike, as_count, as_grid, left_out, near_square, regrid, square
 from warmstart.mapping.adapters.refusals import KEEP_OWN, check_mode, refused, written
 from warmstart.mapping.adapters.resampling import wide
+from warmstart.mapping.derivations import Shape
 
 _EXTRA_ROWS = range(17)  # tried for a hint
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from warmstart.errors import MappingError
-from warmstart.mapping.adapters.base import Adapter, Shape
+from warmstart.mapping.adapters.base import Adapter
 from warmstart.mapping.adapters.labels import IndexMap, LabelRows, Labels, as_index_map, as_labels, repeated, shown
 from warmstart.mapping.adapters.refusals import KEEP_OWN, refused, written
 from warmstart.mapping.adapters.resampling import wide
+from warmstart.mapping.derivations import Shape
 
 _Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 

@@ -15,11 +15,10 @@ from warmstart.mapping.conversions.converted import Converted, Input, Sketcher
 from warmstart.mapping.conversions.slots import Coordinate
 from warmstart.mapping.conversions.templates import Template, natural
 from warmstart.mapping.grouping import printable
-from warmstart.mapping.hints import did_you_mean
+from warmstart.mapping.hints import GUESSES, did_you_mean
 from warmstart.mapping.keys import Key
 
 _SHOWN = 4  # names that a message spells out
-_GUESSES = 8  # conversions for which the nearest names are looked up: it costs more than planning itself
 
 
 @dataclass(slots=True)
@@ -70,7 +69,7 @@ def convert(keys: Sequence[Key], conversions: Sequence[Conversion]) -> Convertin
             continue
         if not any(match.table for match in matches):
             if not conversion.optional:
-                out.errors.append(_unused(conversion, pool if number < _GUESSES else []))
+                out.errors.append(_unused(conversion, pool if number < GUESSES else []))
             continue
         for match in matches:
             taker = f"the source '{printable(match.template.text)}' of conversion {number + 1}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.indices import ListSets, shift
 from warmstart.mapping.suggesting.items import matched
 from warmstart.mapping.suggesting.linking import Evidence, Link, Twins
 from warmstart.mapping.suggesting.matching import Side, pair
 from warmstart.mapping.suggesting.structure import structure
-from warmstart.mapping.suggesting.templates import Shape, Template, index_positions, templates
+from warmstart.mapping.suggesting.templates import Template, index_positions, templates
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 

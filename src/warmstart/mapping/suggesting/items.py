@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from warmstart.mapping.suggesting.templates import Path, Shape, Template
+from warmstart.mapping.derivations import Shape
+from warmstart.mapping.suggesting.templates import Path, Template
 
 # The names torch's own layers give their tensors: a `bias` is never a `running_mean`.
 LEAVES = frozenset(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
+from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import LEAVES, matched
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
 from warmstart.mapping.suggesting.matching import Candidate, Side
-from warmstart.mapping.suggesting.templates import Path, Place, Shape, Template, numbered
+from warmstart.mapping.suggesting.templates import Path, Place, Template, numbered
 
 _MISSING = 0.03  # share of one side's templates without a partner up to which the other is taken to have them all
 _SUPPORT = 3  # names that must differ by the same words before these say nothing

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import Item, fit
 from warmstart.mapping.suggesting.matching import Side, order_agrees
 from warmstart.mapping.suggesting.place_words import Modules, PlaceWords, turn_of
-from warmstart.mapping.suggesting.templates import Path, Place, Shape, numbered
+from warmstart.mapping.suggesting.templates import Path, Place, numbered
 from warmstart.mapping.suggesting.vocabulary import Phrase
 
 _MARGIN = 0.2  # by which a pair must beat every rival, of the share of words in common

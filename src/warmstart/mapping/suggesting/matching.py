@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from warmstart.mapping.suggesting.templates import Path, Place, Shape, Template, numbered
+from warmstart.mapping.derivations import Shape
+from warmstart.mapping.suggesting.templates import Path, Place, Template, numbered
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 Bag = tuple[str, ...]

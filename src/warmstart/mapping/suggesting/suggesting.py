@@ -11,6 +11,7 @@ from torch import nn
 
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
+from warmstart.mapping.derivations import Shape
 from warmstart.mapping.grouping import covering, listed, printable
 from warmstart.mapping.names import strip
 from warmstart.mapping.part import PartPlan
@@ -21,7 +22,6 @@ from warmstart.mapping.suggesting.reshaping import Reshaping, doubt_squares, res
 from warmstart.mapping.suggesting.rules import renames
 from warmstart.mapping.suggesting.shifts import shifted
 from warmstart.mapping.suggesting.suggestion import Coverage, Pairs, Proposal, Suggestion, Unexplained
-from warmstart.mapping.suggesting.templates import Shape
 from warmstart.mapping.suggesting.values import refuted
 from warmstart.mapping.suggesting.words import INDEX
 from warmstart.mapping.targets import Target, Targets

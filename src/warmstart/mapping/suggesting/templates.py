@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.words import INDEX
 
-Shape = tuple[int, ...]
 Path = tuple[str, ...]
 Place = tuple[Path, Path]  # a path of the checkpoint and the one of the model that corresponds to it
 
