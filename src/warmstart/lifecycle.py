@@ -26,7 +26,7 @@ from warmstart.loading.verifying import raise_differences, structure
 from warmstart.mapping.grouping import listed
 from warmstart.mapping.hints import did_you_mean
 from warmstart.mapping.lock import frozen_names
-from warmstart.mapping.names import strip
+from warmstart.mapping.names import WRAPPER_SEGMENTS, strip, without_wrappers
 from warmstart.mapping.plan import Plan, Verify
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.targets import Live, Target, Targets
@@ -75,7 +75,11 @@ class _RestoreWatch:
 
     def __call__(self, module: nn.Module, incompatible: Any) -> None:
         self.seen = True
-        self.matched |= module.state_dict(keep_vars=True).keys() - set(incompatible.missing_keys)
+        # Of a load through the model's wrapper, the names have the wrapper's segments.
+        entries = module.state_dict(keep_vars=True).keys()
+        segments = WRAPPER_SEGMENTS.difference(*(name.split(".") for name in entries))
+        missing = {*incompatible.missing_keys, *(without_wrappers(k, segments) for k in incompatible.missing_keys)}
+        self.matched |= entries - missing
         if self.warning is not None:
             warning, self.warning = self.warning, None
             warnings.warn(warning, UserWarning, stacklevel=2)
@@ -96,7 +100,10 @@ class Lifecycle:
         report: What was loaded into the present model; None before, and where this run did not load it.
         restored: The state of the run that was resumed, as `state()` gave it; None otherwise.
         frozen: What is frozen in the present model, or None.
+        late_freeze: What to do about an optimizer that holds what is to be frozen, in the host's words.
     """
+
+    late_freeze = "leave these out of it, or let the optimizer be made after the load"
 
     def __init__(
         self,
@@ -153,6 +160,10 @@ class Lifecycle:
         """What makes two warm starts the same one: their sources and rules."""
         sources = [os.fspath(p.source) if isinstance(p.source, str | os.PathLike) else id(p.source) for p in self.parts]
         return tuple((source, repr(sorted(p.rules().items()))) for source, p in zip(sources, self.parts, strict=True))
+
+    def same_as(self, other: Lifecycle) -> bool:
+        """Whether both load the same sources by the same rules."""
+        return self._identity() == other._identity()
 
     def _known(self, model: nn.Module) -> _Past | None:
         """What is remembered of `model`, unless it has built the loaded modules anew since.
@@ -239,7 +250,7 @@ class Lifecycle:
             for other in beside:
                 other._rehearse(model)
             _refuse_overlap(plan, beside)
-            _refuse_late_freeze(plan, set(plan.freeze) - self._later(plan), optimizers)
+            _refuse_late_freeze(plan, set(plan.freeze) - self._later(plan), optimizers, self.late_freeze)
             self.report = api.apply(plan, verify=self.verify, held=self.held)
             self.frozen = self.report.frozen
             _LOADED.setdefault(model, {})[self._identity()] = _Past.of(self.report)
@@ -401,6 +412,7 @@ class Lifecycle:
         optimizers: Sequence[torch.optim.Optimizer] | None = None,
         progress: int = 0,
         bears_unused: bool = True,
+        at_first_batch: bool = False,
     ) -> bool:
         """The last look before training: values first, then whether a restore explains a difference.
 
@@ -410,6 +422,7 @@ class Lifecycle:
             optimizers: The optimizers that will train it, if they hold the model's own parameters.
             progress: How many units (`unfreeze_unit`) the run has behind it.
             bears_unused: Whether the wrapper that averages gradients bears parameters that get none for now.
+            at_first_batch: Whether the first batch comes next, so that `check_first_batch` would see nothing new.
 
         Returns:
             Whether the model has not trained since it was loaded, so that there is something new to tell.
@@ -424,7 +437,9 @@ class Lifecycle:
         with raised_on_all():
             self._start(model, resumed, optimizers)
             self._start_frozen(resumed, progress, bears_unused)
-        return not self._trained
+        first = not self._trained
+        self._trained = self._trained or at_first_batch
+        return first
 
     def _start(self, model: nn.Module, resumed: bool, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
         self._unwatch()
@@ -603,15 +618,16 @@ def _mask(target: Target, spans: list[list[int]]) -> Tensor:
     return mask.reshape([-1 if d == dim else 1 for d in range(len(target.shape))])
 
 
-def _refuse_late_freeze(plan: Plan[Report], names: set[str], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def _refuse_late_freeze(
+    plan: Plan[Report], names: set[str], optimizers: Sequence[torch.optim.Optimizer], fix: str
+) -> None:
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     tensors = {name: plan.targets.entries[name].tensor for name in sorted(names)}
     late = [name for name, tensor in tensors.items() if id(tensor) in held and tensor.requires_grad]
     if late:
         raise TimingError(
             f"{len(late)} parameters that are to be frozen are in an optimizer already\n"
-            f"{listed((name, '') for name in late)}\n"
-            "  -> leave these out of it, or let the optimizer be made after the load"
+            f"{listed((name, '') for name in late)}\n  -> {fix}"
         )
 
 
