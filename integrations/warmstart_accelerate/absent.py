@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
-from warmstart import Pretrained, Report, api
+from warmstart import Checkpoint, Pretrained, Report, api
+from warmstart.checkpoints.base import Index
 from warmstart.freezing import Frozen
 from warmstart.loading.writing import Written
 from warmstart.outcome import Status
+
+
+class _Nothing(Checkpoint):
+    """What there is of a source that is not there."""
+
+    def __init__(self, label: str) -> None:
+        super().__init__(location=label, format="nothing", infos={})
+
+    @override
+    def _read(self, key: str, index: Index | None) -> Tensor:
+        raise KeyError(key)
 
 
 class AbsentReport(Report):
     """Stands in for the report of a load that did not take place; it has what is frozen, and nothing to compare with."""
 
     def __init__(self, model: nn.Module, parts: Sequence[Pretrained], frozen: Frozen | None, status: Status) -> None:
-        nothing = [Pretrained({}, into=part.into, allow_missing="?*") for part in parts]
+        nothing = [Pretrained(_Nothing(part.short_label), into=part.into, allow_missing="?*") for part in parts]
         super().__init__(api.plan(model, nothing), Written("off"), {}, frozen)
         self.status = status
         self.notes = []

@@ -98,7 +98,7 @@ class Started:
 
     def count(self, optimizers: Sequence[Optimizer]) -> None:
         """Release by the steps of the first optimizer that trains the model."""
-        if self._counted is None and self.life.unfreeze and optimizers:
+        if self._counted is None and self.life.schedule.stages and optimizers:
             self._counted = optimizers[0]
             self._counted.register_step_post_hook(lambda *_: self._step())
 
