@@ -48,5 +48,9 @@ class AbsentReport(Report):
         return self.verdict()
 
     @override
+    def show(self) -> None:
+        print(self.verdict())
+
+    @override
     def to_markdown(self) -> str:
         return self.verdict()

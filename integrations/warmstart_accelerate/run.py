@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ from torch.optim import Optimizer
 from warmstart import CheckpointError, MappingError, Report
 from warmstart.loading.agreement import raised_on_all
 from warmstart.rendering.files import write_whole
+from warmstart_accelerate.absent import AbsentReport
 from warmstart_accelerate.hooks import FirstForward, after, before
 from warmstart_accelerate.started import Started
 from warmstart_accelerate.timing import shares
 from warmstart_accelerate.trackers import log_report, save_page
 
+_MEMBER = "_warmstart_run"  # of the accelerator: what it lives with
 MANIFEST = "warmstart.json"  # in each saved state: what its descendants should know
 
 
@@ -30,7 +31,7 @@ class Run:
     """Follows one accelerator: what it prepares, saves and loads, and when it ends."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = weakref.ref(accelerator)
+        self.accelerator = accelerator
         self._started: list[Started] = []
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
@@ -41,14 +42,10 @@ class Run:
     @classmethod
     def of(cls, accelerator: Accelerator) -> Run:
         """The one run of this accelerator."""
-        if accelerator not in _RUNS:
-            _RUNS[accelerator] = cls(accelerator)
-        return _RUNS[accelerator]
-
-    @property
-    def accelerator(self) -> Accelerator:
-        found = self._accelerator()
-        assert found is not None  # what calls us is its own
+        members = vars(accelerator)
+        if _MEMBER not in members:
+            members[_MEMBER] = cls(accelerator)
+        found: Run = members[_MEMBER]
         return found
 
     def add(self, started: Started) -> Report:
@@ -100,6 +97,8 @@ class Run:
     def _tell(self, started: Started) -> None:
         report, accelerator = started.report, self.accelerator
         report.show()
+        if isinstance(report, AbsentReport):
+            return
         log_report(report, accelerator.trackers)
         if accelerator.project_dir is not None:
             suffix = f"-{started.key[11:-1].replace('/', '_')}" if len(self._started) > 1 else ""
@@ -144,9 +143,6 @@ class Run:
         for started in self._started:
             if started.begun:
                 started.life.guard(full=True)
-
-
-_RUNS: weakref.WeakKeyDictionary[Accelerator, Run] = weakref.WeakKeyDictionary()
 
 
 def _bears_unused(module: nn.Module | None) -> bool:

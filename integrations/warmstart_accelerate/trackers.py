@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.tracking import GeneralTracker
 
 from warmstart import Report
@@ -71,10 +72,10 @@ def _log_table(tracker: Any, report: Report) -> None:
 
 def _picture(tracker: Any, report: Report, **options: Any) -> None:
     if find_spec("matplotlib") is not None:
-        canvas = report.figure().canvas
-        canvas.draw()
-        import numpy as np
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+        canvas = FigureCanvasAgg(report.figure())
+        canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]
         tracker.log_images({"warmstart/coverage": pixels[None]}, **options)
 
