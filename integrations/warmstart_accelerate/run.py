@@ -55,7 +55,8 @@ class Run:
             WarmStartError: As `warm_start`.
         """
         # `free_memory` lets go of the models that were prepared, and so do we.
-        self._started = [s for s in self._started if s.module is None or s.module in self.accelerator._models]
+        models = self.accelerator._models
+        self._started = [s for s in self._started if s.module is None or any(shares(m, s.model) for m in models)]
         others = [s for s in self._started if s.model is started.model]
         for other in self._started:
             if other.life.same_as(started.life) and other.model is started.model:

@@ -41,6 +41,20 @@ def refuse_prepared(accelerator: Accelerator, model: nn.Module) -> None:
         )
 
 
+def refuse_unheard_release(accelerator: Accelerator) -> None:
+    """Refuse a schedule where the wrapper would wait for gradients that come later.
+
+    Raises:
+        TimingError: `prepare` will make a DistributedDataParallel that was not told.
+    """
+    handler = accelerator.ddp_handler
+    if accelerator.distributed_type.startswith("MULTI_") and not (handler and handler.find_unused_parameters):
+        raise TimingError(
+            "unfreeze= releases parameters that get no gradient until then, which DistributedDataParallel must be told of\n"
+            "  -> Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])"
+        )
+
+
 def sharded(model: nn.Module) -> bool:
     """Whether this process holds shards of the model only."""
     return any(hasattr(p, "ds_id") or type(p).__name__ == "DTensor" or _holds_dtensor(p) for p in model.parameters())

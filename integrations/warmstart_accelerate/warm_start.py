@@ -26,7 +26,7 @@ from warmstart.patterns import Patterns
 from warmstart_accelerate.launching import warn_if_alone
 from warmstart_accelerate.run import Run
 from warmstart_accelerate.started import LoopLifecycle, Started
-from warmstart_accelerate.timing import refuse_prepared
+from warmstart_accelerate.timing import refuse_prepared, refuse_unheard_release
 
 
 def warm_start(
@@ -99,6 +99,8 @@ def warm_start(
     parts = as_parts(pretrained, fields)
     warn_if_alone(accelerator)
     refuse_prepared(accelerator, model)
+    if unfreeze:
+        refuse_unheard_release(accelerator)
     life = LoopLifecycle(
         parts,
         verify=verify,

@@ -44,7 +44,7 @@ def told(seen):
         "status": seen.report.status if seen.report else None,
         "digest": seen.report.plan.digest() if seen.report else None,
         "trainable": sorted(n for n, p in seen.model.named_parameters() if p.requires_grad),
-        "wrapped": [type(m).__name__ for m in seen.accelerator._models],
+        "wrapped": type(seen.prepared).__name__,
     }
 
 

@@ -56,8 +56,8 @@ def trained_encoder(kind: type[nn.Module] = Net) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in encoder.state_dict().items()}
 
 
-def batches(size: int = 8, count: int = 4) -> DataLoader[tuple[Tensor, ...]]:
-    x = torch.randn(size * count, 4, generator=torch.Generator().manual_seed(1))
+def batches(size: int = 8, of: int = 32) -> DataLoader[tuple[Tensor, ...]]:
+    x = torch.randn(of, 4, generator=torch.Generator().manual_seed(1))
     return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=size)
 
 
@@ -77,6 +77,7 @@ class Looked:
         self.losses: list[float] = []
         self.report: Report | None = None
         self.model: nn.Module | None = None
+        self.prepared: nn.Module | None = None
         self.accelerator: Accelerator | None = None
 
 
@@ -108,7 +109,7 @@ def train(
         seen.report = warm_start(accelerator, bare, source, **{"into": "encoder", **options})
     optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
     model, optimizer, data = accelerator.prepare(bare, optimizer, batches(size))
-    seen.model, seen.accelerator = bare, accelerator
+    seen.model, seen.prepared, seen.accelerator = bare, model, accelerator
     if resume is not None:
         accelerator.load_state(resume)
         data = accelerator.skip_first_batches(data, skip)

@@ -56,7 +56,7 @@ def alone(ranks):
 
 def test_all_ranks_start_from_the_values_of_the_file_and_agree_on_the_report(ranks):
     folder, (zero, one) = ranks
-    assert zero["loaded"]["wrapped"] == one["loaded"]["wrapped"] == ["DistributedDataParallel"]
+    assert zero["loaded"]["wrapped"] == one["loaded"]["wrapped"] == "DistributedDataParallel"
     assert zero["loaded"]["start"] == one["loaded"]["start"]
     for name, value in torch.load(folder / "encoder.pt").items():
         assert zero["loaded"]["start"][f"encoder.{name}"] == value.tolist()
