@@ -17,7 +17,7 @@ from warmstart.loading.values import Digests, Values, loaded_here, written
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan import Plan, Verify
-from warmstart.shards import shard_of
+from warmstart.shards import reshard, shard_of
 
 
 @dataclass(slots=True)
@@ -58,6 +58,7 @@ def write(plan: Plan, verify: Verify) -> Written:
     result = Written(verify)
     done: list[str] = []
     begun = False
+    reshard(plan.model)
     try:
         if begun := needs_memory(plan):
             result.notes += materialise(plan)
