@@ -21,7 +21,7 @@ from warmstart import api
 from warmstart.checkpoints.places import is_gone
 from warmstart.errors import CheckpointError, FrozenChangedError, MappingError, TimingError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
-from warmstart.loading.agreement import raised_on_all
+from warmstart.loading.agreement import raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
 from warmstart.mapping.grouping import listed
 from warmstart.mapping.hints import did_you_mean
@@ -207,7 +207,7 @@ class Lifecycle:
             TimingError: An optimizer holds a parameter already that is to be frozen.
         """
         self._unwatch()
-        with raised_on_all():
+        with raised_on_all("set up"):
             self._apply(model, beside, optimizers, manifest or {})
         self.watch(model, manifest)
 
@@ -225,12 +225,15 @@ class Lifecycle:
                 _refuse_overlap(self.report.plan, beside)
             return
         self._reset()
+        plan: Plan[Report] | None = None
         try:
             plan = self.plan(model)
         except CheckpointError as error:
             if not any(is_gone(part.source) for part in self.parts):
                 raise
             self._gone = error
+        raised_unless_alike(self._gone, "set up: its source")
+        if plan is None:
             self._freeze_without_source(model)
             if self.frozen is None:
                 self._freeze_as_before(model, manifest)
@@ -349,7 +352,7 @@ class Lifecycle:
         """
         if not self.loaded(model):
             return
-        with raised_on_all():
+        with raised_on_all("resume"):
             if state is not None:
                 self._resume(model, state)
 
@@ -421,7 +424,7 @@ class Lifecycle:
             VerificationError: The model does not hold what was loaded, and no restore explains it.
             FrozenChangedError: A frozen tensor is trainable again or has moved.
         """
-        with raised_on_all():
+        with raised_on_all("start of training"):
             self._start(model, resumed, optimizers)
             self._start_frozen(resumed, progress, bears_unused)
         return not self._trained
@@ -519,7 +522,7 @@ class Lifecycle:
             VerificationError: A loaded parameter was written to since training started.
             FrozenChangedError: A frozen tensor moved.
         """
-        with raised_on_all():
+        with raised_on_all("first training batch"):
             if self.report is not None and self.report.status == "applied":
                 wrong = self.report.differences(model, self.verify, buffers=False)
                 if wrong:
@@ -535,7 +538,7 @@ class Lifecycle:
         Raises:
             FrozenChangedError: A frozen tensor moved.
         """
-        with raised_on_all():
+        with raised_on_all("check of what is frozen"):
             if self.frozen is not None:
                 self.frozen.check(sampled=not full)
 
