@@ -15,10 +15,11 @@ from warmstart.loading.agreement import raised_on_all
 from warmstart.loading.inert import inert_adapters
 from warmstart.loading.materialising import materialise, needs_memory
 from warmstart.loading.preflight import preflight
-from warmstart.loading.values import Digests, Values, written
+from warmstart.loading.values import Digests, Values, loaded_here, written
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan import Plan, Verify
+from warmstart.shards import shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,12 +67,14 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
         with torch.no_grad():
             for assignment in written(plan):
                 target = plan.targets.entries[assignment.target]
-                value = values.planned(assignment, target.tensor)
+                shard = shard_of(target.tensor)
+                value = values.planned(assignment, shard)
                 others = plan.targets.groups.get(target.canonical, [])
-                _place(target.tensor, value, [plan.targets.entries[name].tensor for name in others])
+                _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
                 done.append(assignment.target)
                 if assignment.fill is None and not plan.parts[assignment.part].checkpoint.files:
-                    result.digests.keep(assignment.target, value, assignment.loaded if assignment.keeps else None)
+                    mask = loaded_here(assignment, shard) if assignment.keeps else None
+                    result.digests.keep(assignment.target, value, mask)
         result.notes += verify_written(plan, values, verify)
     except VerificationError as error:
         error.report = result
