@@ -113,9 +113,7 @@ class Run:
     def _save(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
         accelerator = self.accelerator
         for started in self._started:
-            # By each process for itself: some loops save on one process only.
-            if started.begun and started.life.frozen is not None:
-                started.life.frozen.check(sampled=True)
+            started.check()  # by each process for itself: some loops save on one process only
         each_node = accelerator.project_configuration.save_on_each_node
         if self._started and (accelerator.is_local_main_process if each_node else accelerator.is_main_process):
             _update(Path(folder, MANIFEST), {started.key: started.state() for started in self._started})
@@ -142,8 +140,7 @@ class Run:
 
     def _end(self) -> None:
         for started in self._started:
-            if started.begun:
-                started.life.guard(full=True)
+            started.end()
 
 
 def _bears_unused(module: nn.Module | None) -> bool:

@@ -17,11 +17,16 @@ from warmstart.mapping.plan import Plan
 from warmstart.outcome import Status
 from warmstart_accelerate.absent import AbsentReport
 from warmstart_accelerate.hooks import FirstForward
+from warmstart_accelerate.offloaded import onloaded
 from warmstart_accelerate.timing import BEFORE_OPTIMIZER, live_optimizers, shares
 
 
 class LoopLifecycle(Lifecycle):
-    """Where processes share a node, one of them resolves and downloads, and the others find it there."""
+    """What accelerate's models ask for.
+
+    Where processes share a node, one of them resolves and downloads, and the others find it there. What is offloaded is
+    looked at and written to where it is.
+    """
 
     late_freeze = BEFORE_OPTIMIZER
 
@@ -37,6 +42,21 @@ class LoopLifecycle(Lifecycle):
         if failed is not None:
             raise failed
         return plan
+
+    @override
+    def apply(self, model: nn.Module, beside: Sequence[Lifecycle] = (), **found: Any) -> None:
+        with onloaded(model):
+            super().apply(model, beside, **found)
+
+    @override
+    def resume(self, model: nn.Module, state: dict[str, Any] | None) -> None:
+        with onloaded(model):
+            super().resume(model, state)
+
+    @override
+    def start(self, model: nn.Module, **facts: Any) -> bool:
+        with onloaded(model):
+            return super().start(model, **facts)
 
 
 class Started:
@@ -137,6 +157,26 @@ class Started:
             self.report.lineage = state["lineage"] or {}
             self.report.frozen = self.life.frozen
         return first
+
+    def check(self) -> None:
+        """Compare the frozen tensors with their digests by sample, on this process alone.
+
+        Raises:
+            FrozenChangedError: A frozen tensor moved.
+        """
+        if self.begun and self.life.frozen is not None:
+            with onloaded(self.model):
+                self.life.frozen.check(sampled=True)
+
+    def end(self) -> None:
+        """Compare them in full, on every process.
+
+        Raises:
+            FrozenChangedError: A frozen tensor moved on one of them.
+        """
+        if self.begun:
+            with onloaded(self.model):
+                self.life.guard(full=True)
 
     def state(self) -> dict[str, Any]:
         return {**self.life.state(), "steps": self._steps}
