@@ -15,6 +15,7 @@ from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import did_you_mean
 from warmstart.mapping.targets import Live, Target, Targets
 from warmstart.patterns import Patterns, PatternSet
+from warmstart.shards import local_of
 from warmstart.tensors import digest, sample
 
 Held = Literal["eval", "train"]
@@ -53,7 +54,8 @@ class _Fingerprint:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Fingerprint:
-        return cls(tensor.dtype, digest(tensor), digest(sample(tensor)))
+        local = local_of(tensor)
+        return cls(local.dtype, digest(local), digest(sample(local)))
 
 
 class Frozen:
@@ -234,8 +236,8 @@ class Frozen:
         return (*released, *partly)
 
     def _equal(self, tensor: Tensor, name: str, sampled: bool) -> bool:
-        known = self._fingerprints[name]
-        return digest(sample(tensor)) == known.sampled if sampled else digest(tensor) == known.full
+        known, local = self._fingerprints[name], local_of(tensor)
+        return digest(sample(local)) == known.sampled if sampled else digest(local) == known.full
 
     def _hold(self) -> None:
         """Hold each maximal subtree that is frozen as a whole, and each module with frozen statistics, in eval."""

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from warmstart import api
 from warmstart.checkpoints.places import is_gone
+from warmstart.drift import Drift
 from warmstart.errors import CheckpointError, MappingError, TimingError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
 from warmstart.lifecycle.auditing import audit, refuse_late_freeze
@@ -84,6 +85,7 @@ class Lifecycle:
         self._watch = RestoreWatch(None)
         self._hook: RemovableHandle | None = None
         self._trained = False
+        self._drift: Drift | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The configuration alone: what a run made of it belongs to its process and its model."""
@@ -315,6 +317,29 @@ class Lifecycle:
             else:
                 raise_differences(structure(self.report.plan, model), "when training starts again")
             audit(self.report.plan, model, optimizers)
+
+    def look(self, model: nn.Module, *, resumed: bool) -> None:
+        """Compare the values for a stage that does not train.
+
+        Raises:
+            WarmStartError: As `start`.
+        """
+        with raised_on_all():
+            self._start(model, resumed, None)
+
+    def enforce(self) -> None:
+        """Freeze what the schedule releases later; the optimizer and the wrapper are there by now."""
+        if self.frozen is not None:
+            self.frozen.enforce()
+
+    def measure_drift(self, model: nn.Module) -> None:
+        """Remember, after `start`, what the loaded layers start from."""
+        if self.report is not None and self._drift is None:
+            self._drift = Drift.of(self.report, model)
+
+    def drift(self, model: nn.Module) -> dict[str, float]:
+        """Path of each module that was loaded and trains, to its relative distance from its pretrained values."""
+        return self._drift.measure(model) if self._drift is not None else {}
 
     def advance(self, progress: int) -> tuple[str, ...]:
         """Release what the schedule releases after `progress` units of training.
