@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from warmstart import Report
 from warmstart.lifecycle import Lifecycle
+from warmstart.loading.agreement import raised_on_all
 from warmstart.mapping.plan import Plan
 from warmstart.outcome import Status
 from warmstart_accelerate.absent import AbsentReport
@@ -93,8 +94,9 @@ class Started:
         """
         life = self.life
         life.apply(self.model, beside, optimizers=live_optimizers(self.model), manifest=manifest)
-        if life.waiting is not None and not life.knows_what_to_freeze:
-            raise life.waiting
+        with raised_on_all():
+            if life.waiting is not None and not life.knows_what_to_freeze:
+                raise life.waiting
         if life.report is None:
             status: Status = "pending" if life.waiting is not None else "already-applied"
             self.report: Report = AbsentReport(self.model, life.parts, life.frozen, status)
