@@ -106,7 +106,9 @@ def train(accelerator: Accelerator, name: str, loaders: tuple[Loader, Loader], s
     else:
         groups = [{"params": list(model.parameters()), "lr": 3e-3}]
     optimizer = torch.optim.Adam(groups)
-    model, optimizer, train_data, test_data = accelerator.prepare(model, optimizer, *loaders)
+    peaks = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=EPOCHS * len(loaders[0]))
+    model, optimizer, schedule, train_data, test_data = accelerator.prepare(model, optimizer, schedule, *loaders)
     accuracy: list[float] = []
     started = time.perf_counter()
     for epoch in range(1, EPOCHS + 1):
@@ -115,6 +117,7 @@ def train(accelerator: Accelerator, name: str, loaders: tuple[Loader, Loader], s
             loss = F.cross_entropy(model(images), labels)  # the first of these verifies, and reports
             accelerator.backward(loss)
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
         accuracy.append(evaluate(accelerator, model, test_data))
         accelerator.log({f"accuracy/{name}": accuracy[-1]}, step=epoch)
