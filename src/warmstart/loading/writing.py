@@ -19,7 +19,7 @@ from warmstart.loading.values import Digests, Values, loaded_here, written
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan import Plan, Verify
-from warmstart.shards import shard_of
+from warmstart.shards import reshard, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -61,6 +61,7 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
     result = Written(verify)
     done: list[str] = []
     begun = False
+    reshard(plan.model)
     try:
         if begun := needs_memory(plan):
             result.notes += materialise(plan)
