@@ -200,6 +200,9 @@ def _map(path: Path) -> MappedFile:
 def _open_file(file: MappedFile, key: str | None, trust: bool, shard: bool = False) -> Checkpoint:
     head = file.map[:64]
     refuse_engine_file(file.path)
+    # Before all others: the first bytes are a length, and may be the magic of another format (0x0480 is a pickle's).
+    if head[8:9] == b"{" and _could_be_safetensors(file, head):
+        return open_safetensors(file, checkpoint_key=key)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _open_zip(file, key, trust)
     if head.startswith(H5_MAGIC):
@@ -215,8 +218,6 @@ def _open_file(file: MappedFile, key: str | None, trust: bool, shard: bool = Fal
         opener, name = open_plain_pickle, "pickle"
     if opener is not None:
         return load_trusted(file, name, key) if trust else opener(file, checkpoint_key=key)
-    if head[8:9] == b"{" and _could_be_safetensors(file, head):
-        return open_safetensors(file, checkpoint_key=key)
     if head.lstrip().startswith(b"{") and _is_index(file):
         if shard:
             raise CheckpointError(f"{file.path}: an index where a shard should be; name files of weights in the index")

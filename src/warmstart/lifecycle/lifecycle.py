@@ -42,7 +42,10 @@ class Lifecycle:
         schedule: What to release when.
         report: What was loaded into the present model; None before, and where this run did not load it.
         restored: The state of the run that was resumed, as `state()` gave it; None otherwise.
+        late_freeze: What to do about an optimizer that holds what is to be frozen, in the host's words.
     """
+
+    late_freeze = "leave these out of it, or let the optimizer be made after the load"
 
     def __init__(
         self,
@@ -97,6 +100,10 @@ class Lifecycle:
         """What makes two warm starts the same one: their sources and rules."""
         sources = [os.fspath(p.source) if isinstance(p.source, str | os.PathLike) else id(p.source) for p in self.parts]
         return tuple((source, repr(sorted(p.rules().items()))) for source, p in zip(sources, self.parts, strict=True))
+
+    def same_as(self, other: Lifecycle) -> bool:
+        """Whether both load the same sources by the same rules."""
+        return self._identity() == other._identity()
 
     def _known(self, model: nn.Module) -> Past | None:
         return known(model, self._identity())
@@ -170,7 +177,7 @@ class Lifecycle:
             for other in beside:
                 other._rehearse(model)
             refuse_overlap(plan, [other.report for other in beside])
-            refuse_late_freeze(plan, set(plan.freeze) - self.schedule.later(plan), optimizers)
+            refuse_late_freeze(plan, set(plan.freeze) - self.schedule.later(plan), optimizers, self.late_freeze)
             self.report = api.apply(plan, verify=self.verify, held=self.held)
             self._freeze.take(self.report.frozen)
             remember(model, self._identity(), self.report)
@@ -259,6 +266,7 @@ class Lifecycle:
         optimizers: Sequence[torch.optim.Optimizer] | None = None,
         progress: int = 0,
         bears_unused: bool = True,
+        at_first_batch: bool = False,
     ) -> bool:
         """The last look before training: values first, then whether a restore explains a difference.
 
@@ -268,6 +276,7 @@ class Lifecycle:
             optimizers: The optimizers that will train it, if they hold the model's own parameters.
             progress: How many units (`unfreeze_unit`) the run has behind it.
             bears_unused: Whether the wrapper that averages gradients bears parameters that get none for now.
+            at_first_batch: Whether the first batch comes next, so that `check_first_batch` would see nothing new.
 
         Returns:
             Whether the model has not trained since it was loaded, so that there is something new to tell.
@@ -282,7 +291,9 @@ class Lifecycle:
         with raised_on_all():
             self._start(model, resumed, optimizers)
             self._freeze.start(resumed=resumed, progress=progress, bears_unused=bears_unused)
-        return not self._trained
+        first = not self._trained
+        self._trained = self._trained or at_first_batch
+        return first
 
     def _start(self, model: nn.Module, resumed: bool, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
         self._unwatch()
