@@ -212,7 +212,5 @@ def test_an_expert_that_is_not_there_is_named(make_trainer, tmp_path, fingerprin
     save_file(tree, tmp_path / "original" / "model.safetensors", {"format": "pt"})
     before = fingerprint(model)
     with pytest.raises(MappingError, match=r"layers\.1\."):
-        make_trainer(
-            model, WarmStartCallback(tmp_path / "original", **conversion_rules(model)), data=data(model)
-        )
+        make_trainer(model, WarmStartCallback(tmp_path / "original", **conversion_rules(model)), data=data(model))
     assert fingerprint(model) == before
