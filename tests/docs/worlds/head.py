@@ -1,6 +1,6 @@
 """A classifier of five classes as a file, and models of three."""
 
-from torch import nn, randn
+from torch import nn
 from safetensors.torch import save_file
 
 
