@@ -37,6 +37,7 @@ from warmstart.mapping.conversions.ops import (
 from warmstart.mapping.plan import Plan
 from warmstart.mapping.pretrained import Pretrained, PretrainedFields
 from warmstart.mapping.suggesting.suggestion import Suggestion
+from warmstart.param_groups import param_groups
 from warmstart.report import Report
 from warmstart.version import __version__
 
@@ -80,6 +81,7 @@ __all__ = [
     "freeze",
     "load",
     "open_checkpoint",
+    "param_groups",
     "plan",
     "suggest",
 ]

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import warmstart
+import warmstart_accelerate
 import warmstart_lightning
 import warmstart_transformers
 
@@ -56,7 +57,7 @@ def test_every_page_is_built_and_fetches_nothing(site):
 @pytest.mark.slow
 def test_the_api_page_shows_every_public_name_with_its_words(site):
     text = (site / "api.html").read_text(encoding="utf-8")
-    for package in (warmstart, warmstart_lightning, warmstart_transformers):
+    for package in (warmstart, warmstart_accelerate, warmstart_lightning, warmstart_transformers):
         for name in set(package.__all__) - {"__version__"}:
             assert re.search(rf'<h3 id="{package.__name__}\.{name}"', text), f"{package.__name__}.{name}"
     assert "A pattern matches nothing." in text  # of `freeze`, under Raises

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from mobilenetv2 import MobileNetV2
 from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, TrainingArguments
+
+from mobilenetv2 import MobileNetV2
 from warmstart_lightning import WarmStart
 
 
