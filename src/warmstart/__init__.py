@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from warmstart.mapping.plan import Plan
     from warmstart.mapping.pretrained import Pretrained, PretrainedFields
     from warmstart.mapping.suggesting.suggestion import Suggestion
+    from warmstart.optimizer_groups import param_groups
     from warmstart.report import Report
 
 __all__ = [
@@ -85,6 +86,7 @@ __all__ = [
     "freeze",
     "load",
     "open_checkpoint",
+    "param_groups",
     "plan",
     "suggest",
 ]
@@ -129,6 +131,7 @@ _HOMES = {
     "mapping.plan": ("Plan",),
     "mapping.pretrained": ("Pretrained", "PretrainedFields"),
     "mapping.suggesting.suggestion": ("Suggestion",),
+    "optimizer_groups": ("param_groups",),
     "report": ("Report",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from warmstart.errors import CheckpointError, MappingError, VerificationError
-from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
+from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns, refuse_wrapped
 from warmstart.lineage import lineage
 from warmstart.loading.writing import write
 from warmstart.mapping.lock import compare
@@ -160,10 +160,12 @@ def freeze(model: nn.Module, patterns_or_report: Patterns | Report) -> Frozen:
 
     Raises:
         MappingError: A pattern matches nothing.
+        TimingError: The model is wrapped in DistributedDataParallel already.
     """
+    targets = Targets.of(model)
+    refuse_wrapped(targets)
     if isinstance(patterns_or_report, Report):
         plan = patterns_or_report.plan
-        targets = Targets.of(model)
         names = [a.target for a in plan.assignments]
         if lost := [name for name in names if name not in targets.entries]:
             raise MappingError(

@@ -32,7 +32,7 @@ MAX_BYTES: Final = 16 << 20
 MAX_VALUES: Final = 100_000
 MAX_DEPTH: Final = 100
 
-_FOLDER_MARKS: Final = ("config.json", "trainer_state.json", ".metadata")
+_FOLDER_MARKS: Final = ("config.json", "trainer_state.json", ".metadata", "random_states_0.pkl")
 
 
 def lineage(plan: Plan, version: str) -> dict[str, Any]:

@@ -132,13 +132,13 @@ def test_fv_7_missing_names_are_grouped():
 def test_bv_4_each_side_is_told_from_the_other():
     text = warmstart.plan(Net(["a", "mine"]), Header(["a", "theirs"])).explain()
     assert "missing: 1 model entry without a key in the checkpoint\n    mine  (2,)\n" in text
-    assert "unexpected: 1 key of bert.pt fit nothing in the model\n    theirs  (2,)\n" in text
+    assert "unexpected: 1 key of bert.pt fits nothing in the model\n    theirs  (2,)\n" in text
 
 
 def test_every_source_is_named():
     plan = warmstart.plan(Net(["a", "b"]), [Header(["a"]), {"b": torch.zeros(2), "c": torch.zeros(2)}])
     assert plan.explain().startswith("bert.pt, a state dict in memory does not fit Net: 1 error, nothing was written")
-    assert "1 key of a state dict in memory fit nothing in the model" in plan.explain()
+    assert "1 key of a state dict in memory fits nothing in the model" in plan.explain()
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -161,14 +159,3 @@ def test_lora_on_a_warm_base_and_adapters_from_a_file(make_trainer, bert_source,
     after = weights(model)
     assert all(torch.equal(after[name], now[name]) for name in now if "lora" not in name and "classifier" not in name)
     assert not all(torch.equal(after[name], now[name]) for name in now if "lora" in name)
-
-
-def test_a_quantised_model_is_refused_with_the_reason(make_trainer, bert_source, fingerprint):
-    """Marked as transformers marks them; the Trainer lets those through that have an adapter on top."""
-    base = bert()
-    base.is_quantized, base.hf_quantizer = True, SimpleNamespace(is_trainable=True)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"]))
-    before = fingerprint(model)
-    with pytest.raises(MappingError, match="BertForSequenceClassification is quantised: its weights are packed"):
-        make_trainer(model, WarmStartCallback(bert_source))
-    assert fingerprint(model) == before

@@ -193,6 +193,11 @@ def _open_file(file: MappedFile, key: str | None, trust: bool, shard: bool = Fal
     # The reader of a format is imported where a file is of that format: most programs read one.
     head = file.map[:64]
     refuse_engine_file(file.path)
+    # Before all others: the first bytes are a length, and may be the magic of another format (0x0480 is a pickle's).
+    if head[8:9] == b"{" and _could_be_safetensors(file, head):
+        from warmstart.checkpoints.safetensors_file import open_safetensors
+
+        return open_safetensors(file, checkpoint_key=key)
     if head.startswith(ZIP):
         return _open_zip(file, key, trust)
     if head.startswith(H5):
@@ -212,10 +217,6 @@ def _open_file(file: MappedFile, key: str | None, trust: bool, shard: bool = Fal
         if trust:
             return _trusted(file, "torch legacy" if legacy else "pickle", key)
         return (open_torch_legacy if legacy else open_plain_pickle)(file, checkpoint_key=key)
-    if head[8:9] == b"{" and _could_be_safetensors(file, head):
-        from warmstart.checkpoints.safetensors_file import open_safetensors
-
-        return open_safetensors(file, checkpoint_key=key)
     if head.lstrip().startswith(b"{") and _is_index(file):
         if shard:
             raise CheckpointError(f"{file.path}: an index where a shard should be; name files of weights in the index")

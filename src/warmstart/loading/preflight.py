@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 
 import torch
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from warmstart.errors import CheckpointError, MappingError, TimingError
+from warmstart.freezing import refuse_wrapped
 from warmstart.loading.materialising import uninitialisable
-from warmstart.loading.values import Values, as_planned, duplicates, span, written
+from warmstart.loading.values import Values, as_planned, duplicates, loaded_here, span, written
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan
 from warmstart.mapping.targets import Live
+from warmstart.shards import Shard, full_shape, local_of, shard_of
 from warmstart.tensors import dtype_name, non_finite, range_lost, same_bits
 
 
@@ -47,7 +48,7 @@ def _unchanged(plan: Plan) -> None:
         if (
             tensor is None
             or tensor is not target.tensor
-            or (not assignment.reshapes and tuple(tensor.shape) != assignment.shape)
+            or (not assignment.reshapes and full_shape(tensor) != assignment.shape)
         ):
             raise TimingError(
                 f"'{assignment.target}' is not the tensor that was planned for; call warmstart.plan(model, ...) again "
@@ -58,11 +59,8 @@ def _unchanged(plan: Plan) -> None:
                 f"'{assignment.target}' was made under torch.inference_mode() and cannot be written to; build the model "
                 "outside of it"
             )
-    if plan.freeze and "DistributedDataParallel" in plan.targets.wrapped:
-        raise TimingError(
-            "the model is wrapped in DistributedDataParallel, whose reducer would wait for the frozen parameters; load "
-            "and freeze first, then wrap: warmstart.load(model, ..., freeze=...); model = DistributedDataParallel(model)"
-        )
+    if plan.freeze:
+        refuse_wrapped(plan.targets)
 
 
 def _right_file(plan: Plan) -> None:
@@ -80,12 +78,12 @@ def _entangled(plan: Plan) -> list[str]:
     storages: dict[int, list[str]] = {}
     for assignment in written(plan):
         target = plan.targets.entries[assignment.target]
-        tensor = target.tensor
+        tensor = local_of(target.tensor)
         if not target.lazy and tensor.device.type != "meta" and tensor.layout == torch.strided and tensor.numel():
             storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(assignment.target)
     shared: list[tuple[str, str]] = []
     for names in storages.values():
-        tensors = {name: plan.targets.entries[name].tensor for name in names}
+        tensors = {name: local_of(plan.targets.entries[name].tensor) for name in names}
         spans = sorted(span(tensor) for tensor in tensors.values())
         if all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)):
             continue
@@ -112,7 +110,7 @@ def _lost(plan: Plan, values: Values) -> list[str]:
             lost += _overflown(plan, values, assignment)
         if assignment.cast is None or not range_lost(*assignment.cast):
             continue
-        source = values.source(assignment)
+        source = values.needed(assignment, _current(plan, assignment))
         cast = source.to(assignment.dtype)
         if cast.is_floating_point() or cast.is_complex():
             # Some types overflow to inf or NaN, others to their largest value.
@@ -142,19 +140,20 @@ def _overflown(plan: Plan, values: Values, assignment: Assignment) -> list[tuple
     if not source.is_floating_point() or not assignment.dtype.is_floating_point:
         return []
     finite = source.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
-    made = non_finite(as_planned(finite, assignment, _current(plan, assignment)))
-    mask = assignment.loaded
+    current = _current(plan, assignment)
+    made, mask = non_finite(as_planned(finite, assignment, current)), loaded_here(assignment, current)
     count = int((made if mask is None else made & mask).sum())
     name = type(assignment.adapter).__name__
     return [(assignment.target, f"{name} makes {count} values beyond {dtype_name(assignment.dtype)}")] if count else []
 
 
-def _current(plan: Plan, assignment: Assignment) -> Tensor:
+def _current(plan: Plan, assignment: Assignment) -> Shard:
     """What the entry holds; of one that has no memory yet, something of its shape."""
     tensor = plan.targets.entries[assignment.target].tensor
-    if is_lazy(tensor) or tensor.is_meta:
-        return torch.zeros(assignment.shape, dtype=assignment.dtype)
-    return tensor
+    if is_lazy(tensor):
+        return shard_of(torch.zeros(assignment.shape, dtype=assignment.dtype))
+    shard = shard_of(tensor)
+    return shard._replace(local=torch.zeros(shard.local.shape, dtype=assignment.dtype)) if tensor.is_meta else shard
 
 
 def _value_dependent(plan: Plan, values: Values) -> list[str]:

@@ -13,10 +13,11 @@ from warmstart.errors import CheckpointError, MappingError, VerificationError
 from warmstart.loading.inert import inert_adapters
 from warmstart.loading.materialising import materialise, needs_memory
 from warmstart.loading.preflight import preflight
-from warmstart.loading.values import Digests, Values, written
+from warmstart.loading.values import Digests, Values, loaded_here, written
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan import Plan, Verify
+from warmstart.shards import shard_of
 
 
 @dataclass(slots=True)
@@ -63,12 +64,14 @@ def write(plan: Plan, verify: Verify) -> Written:
         with torch.no_grad():
             for assignment in written(plan):
                 target = plan.targets.entries[assignment.target]
-                value = values.planned(assignment, target.tensor)
+                shard = shard_of(target.tensor)
+                value = values.planned(assignment, shard)
                 others = plan.targets.groups.get(target.canonical, [])
-                _place(target.tensor, value, [plan.targets.entries[name].tensor for name in others])
+                _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
                 done.append(assignment.target)
                 if assignment.fill is None and not plan.parts[assignment.part].checkpoint.files:
-                    result.digests.keep(assignment.target, value, assignment.loaded if assignment.keeps else None)
+                    mask = loaded_here(assignment, shard) if assignment.keeps else None
+                    result.digests.keep(assignment.target, value, mask)
         result.notes += verify_written(plan, values, verify)
     except VerificationError as error:
         error.report = result

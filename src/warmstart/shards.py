@@ -1,0 +1,232 @@
+"""What of a tensor this process holds: all of it, a DTensor's shard, or a ZeRO-3 partition."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from warmstart.errors import MappingError
+
+Shape = tuple[int, ...]
+Span = tuple[int, int]
+
+
+class Region(Protocol):
+    """Which elements of a tensor a process holds."""
+
+    def take(self, whole: Tensor) -> Tensor:
+        """Of the whole tensor, the part that is held, in the shape it is held in."""
+
+    def read(self, read: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
+        """The same, of a tensor that `read` gives slices of: no more of it is read than is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Of every dimension some positions: one span of them, or several where shards are strided.
+
+    Attributes:
+        spans: For each dimension the spans (first, past the last), in the order in which they are held.
+    """
+
+    spans: tuple[tuple[Span, ...], ...]
+
+    def take(self, whole: Tensor) -> Tensor:
+        return self.read(lambda index: whole[index])
+
+    def read(self, read: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
+        pieces = [read(tuple(itertools.starmap(slice, spans))) for spans in itertools.product(*self.spans)]
+        for dim in range(len(self.spans) - 1, -1, -1):
+            count = len(self.spans[dim])
+            if count > 1:
+                pieces = [torch.cat(pieces[i : i + count], dim) for i in range(0, len(pieces), count)]
+        return pieces[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of the elements as they lie in a row-major tensor.
+
+    Attributes:
+        shape: The tensor's shape.
+        start: The first element.
+        stop: Past the last one.
+    """
+
+    shape: Shape
+    start: int
+    stop: int
+
+    def take(self, whole: Tensor) -> Tensor:
+        return whole.reshape(-1)[self.start : self.stop]
+
+    def read(self, read: Callable[[tuple[slice, ...]], Tensor]) -> Tensor:
+        # Down the dimensions while the run lies in one row, then the rows that it meets.
+        index: list[slice] = []
+        first, offset = self.start, 0
+        for dim, size in enumerate(self.shape):
+            row = math.prod(self.shape[dim + 1 :])
+            low = first // row if row else 0
+            high = -(-(first + self.stop - self.start) // row) if row else 0
+            index.append(slice(low, min(high, size)))
+            first, offset = first - low * row, first - low * row
+            if high - low > 1:
+                break
+        return read(tuple(index)).reshape(-1)[offset : offset + self.stop - self.start]
+
+
+class Shard(NamedTuple):
+    """A tensor, whole and as this process has it.
+
+    Attributes:
+        shape: The whole tensor's shape.
+        local: What this process has of it, as a plain tensor on the same memory.
+        region: Which elements these are; None where they are all, in the same shape.
+    """
+
+    shape: Shape
+    local: Tensor
+    region: Region | None
+
+
+def shard_of(tensor: Tensor) -> Shard:
+    """What this process holds of a tensor.
+
+    Raises:
+        MappingError: It is sharded in a way that does not say which elements a process holds.
+    """
+    if _is_zero3(tensor):
+        return _partition(tensor)
+    if _is_dtensor(tensor):
+        return _dtensor_shard(tensor)
+    return Shard(tuple(tensor.shape), tensor, None)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, as a plain tensor on the same memory; a plain one, lazy or not, is itself.
+
+    Raises:
+        MappingError: As `shard_of`.
+    """
+    return shard_of(tensor).local if is_sharded(tensor) else tensor
+
+
+def full_shape(tensor: Tensor) -> Shape:
+    """The shape of the whole tensor, of which this process may hold a part or nothing."""
+    return tuple(tensor.ds_shape) if _is_zero3(tensor) else tuple(tensor.shape)  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether an engine spreads the tensor over processes, be it only as copies."""
+    return _is_zero3(tensor) or _is_dtensor(tensor)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole tensor; of a sharded one a copy, for which every process of its group has to call this."""
+    if _is_zero3(tensor):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    if _is_dtensor(tensor):
+        whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+        return whole
+    return tensor
+
+
+def _is_zero3(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_id") and hasattr(tensor, "ds_shape")
+
+
+def _is_dtensor(tensor: object) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, getattr(distributed, "DTensor", ()))
+
+
+def _dtensor_shard(tensor: Any) -> Shard:
+    shape, mesh = tuple(tensor.shape), tensor.device_mesh
+    with torch.no_grad():
+        local = tensor.to_local().detach()
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # another pipeline stage's
+        return Shard(shape, local, Run(shape, 0, 0))
+    spans: list[tuple[Span, ...]] = [((0, size),) for size in shape]
+    for placement, parts, part in zip(tensor.placements, mesh.shape, coordinate, strict=True):
+        if placement.is_partial():
+            raise MappingError(
+                f"a tensor of shape {shape} is placed as {placement}: what it holds is a sum over ranks that was not made "
+                "yet; tensor.redistribute(...) it to Shard or Replicate before the load"
+            )
+        if (dim := getattr(placement, "dim", None)) is not None:
+            spans[dim] = _split(spans[dim], getattr(placement, "split_factor", 1), parts, part)
+    size = tuple(sum(stop - start for start, stop in each) for each in spans)
+    if size != tuple(local.shape):
+        raise MappingError(
+            f"a tensor of shape {shape} placed as {tuple(tensor.placements)} has {tuple(local.shape)} of its elements here "
+            f"instead of {size}; load before it is sharded"
+        )
+    return Shard(shape, local, None if size == shape else Box(tuple(spans)))
+
+
+def _split(spans: Sequence[Span], factor: int, parts: int, part: int) -> tuple[Span, ...]:
+    """The positions that one of `parts` processes gets: of each of `factor` chunks its chunk, chunks as torch makes them."""
+    out: list[Span] = []
+    size = sum(stop - start for start, stop in spans)
+    for outer in range(factor):
+        start, stop = _chunk(0, size, factor, outer)
+        out += _between(spans, *_chunk(start, stop, parts, part))
+    return tuple(_joined(out)) or ((0, 0),)
+
+
+def _chunk(start: int, stop: int, parts: int, part: int) -> Span:
+    size = -(-(stop - start) // parts)
+    return min(start + size * part, stop), min(start + size * (part + 1), stop)
+
+
+def _between(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
+    """The `start`th to `stop`th of the positions that spans list."""
+    out, passed = [], 0
+    for first, last in spans:
+        low, high = max(start - passed, 0), min(stop - passed, last - first)
+        if low < high:
+            out.append((first + low, first + high))
+        passed += last - first
+    return out
+
+
+def _joined(spans: Iterable[Span]) -> list[Span]:
+    out: list[Span] = []
+    for start, stop in spans:
+        if out and out[-1][1] == start:
+            start = out.pop()[0]
+        out.append((start, stop))
+    return out
+
+
+def _partition(tensor: Any) -> Shard:
+    """A ZeRO-3 partition: the flat parameter cut into equal runs, the last one padded."""
+    shape, partition = tuple(tensor.ds_shape), tensor.ds_tensor
+    for unsupported, what in (
+        (partition is None or partition.status.name != "AVAILABLE", "is not in memory (offloaded to NVMe)"),
+        (getattr(partition, "ds_quant_scale", None) is not None, "is held quantised"),
+        (getattr(tensor, "ds_secondary_tensor", None) is not None, "is held twice (zero_hpz_partition_size)"),
+    ):
+        if unsupported:
+            raise MappingError(
+                f"a ZeRO-3 parameter of shape {shape} {what}; load before deepspeed.zero.Init or without it"
+            )
+    size, group = partition.ds_numel, tensor.ds_process_group
+    rank = torch.distributed.get_rank(group)
+    if size != -(-tensor.ds_numel // torch.distributed.get_world_size(group)):
+        raise MappingError(
+            f"a ZeRO-3 parameter of shape {shape} is partitioned over part of its ranks (MiCS); load before it is"
+        )
+    start, stop = min(rank * size, tensor.ds_numel), min((rank + 1) * size, tensor.ds_numel)
+    return Shard(shape, partition.detach().narrow(0, 0, stop - start), Run(shape, start, stop))
