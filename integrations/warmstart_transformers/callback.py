@@ -33,6 +33,7 @@ from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_transformers.model_card import add_ancestor
 from warmstart_transformers.models import ModelLifecycle, mark_loaded
+from warmstart_transformers.sharding import is_sharding, refuse_placeholders, refuse_sharding
 from warmstart_transformers.trackers import log_report, save_report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -201,18 +202,15 @@ class WarmStartCallback(TrainerCallback):
         return with_ancestor
 
     def _follow(self, args: TrainingArguments, control: TrainerControl) -> None:
-        for name, asked in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):  # or asked for by `accelerate launch`
-            if asked or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
-                raise TimingError(
-                    f"{name} shards the model after it is set up, which WarmStartCallback does not support yet; train with "
-                    "DistributedDataParallel, or call warmstart.load(model, ...) before Trainer(...)"
-                )
+        refuse_sharding(args)
         self._run, self._folder = weakref.ref(control), args.output_dir
 
     def _load(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         others = [c._life for c in self._of_this_run() if c is not self]
         optimizers = [optimizer] if optimizer is not None else []
         newest = self._manifest(_newest_checkpoint(self._folder))
+        with raised_on_all("look for placeholders"):
+            refuse_placeholders(model, self._life.plan)
         self._life.apply(model, others, optimizers=optimizers, manifest=newest)
         if self.report is not None:
             mark_loaded(model, self.report)
@@ -272,7 +270,7 @@ class WarmStartCallback(TrainerCallback):
             resumed=resumed,
             optimizers=[optimizer] if optimizer is not None else [],
             progress=self._progress(state),
-            bears_unused=args.world_size == 1 or _finds_unused(args, model),
+            bears_unused=args.world_size == 1 or is_sharding() or _finds_unused(args, model),
         )
         self._first_step = first
         if first and self._log:

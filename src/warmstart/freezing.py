@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import did_you_mean
 from warmstart.mapping.targets import Live, Target, Targets
 from warmstart.patterns import Patterns, PatternSet
-from warmstart.shards import local_of
+from warmstart.shards import gathered, is_sharded, local_of
 from warmstart.tensors import digest, sample
 
 Held = Literal["eval", "train"]
@@ -146,6 +147,22 @@ class Frozen:
                 f'report.frozen.release(["{printable(moved[0][0])}"])',
                 tensors=tuple(name for name, _ in moved),
             )
+
+    def follow(self, *, resumed: bool) -> None:
+        """Go on with the shards that a wrapper put in the place of whole frozen parameters; each rank calls it.
+
+        The shards of all ranks together must be what was frozen, unless a resume has put the run's own values there.
+        """
+        live = Live(self.model)
+        for name, target in sorted(self._targets.items()):
+            tensor = live.tensor(target)
+            if tensor is None or tensor is target.tensor or not is_sharded(tensor) or is_sharded(target.tensor):
+                continue
+            known = self._fingerprints[name]
+            if resumed or digest(gathered(tensor).to(known.dtype)) == known.full:
+                self._targets[name] = dataclasses.replace(target, tensor=tensor)
+                self._fingerprints[name] = _Fingerprint.of(tensor)
+        self._deferred = [self._targets[target.name] for target in self._deferred]
 
     def rebase(self, *, all_values: bool) -> None:
         """Take the present values as the frozen ones: all (a resume put the run's own there), or where the dtype changed."""

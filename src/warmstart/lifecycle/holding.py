@@ -89,6 +89,7 @@ class Holding:
         """
         if self.frozen is None:
             return
+        self.frozen.follow(resumed=resumed)
         self.frozen.enforce()
         # Not before: the optimizer was made without them, and its state was restored so.
         if names := [glob.escape(name) for name in self._released if name in self.frozen.names]:

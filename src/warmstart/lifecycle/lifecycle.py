@@ -293,6 +293,7 @@ class Lifecycle:
         """
         with raised_on_all("start of training"):
             self._start(model, resumed, optimizers)
+        with raised_on_all("freeze"):  # on its own: it gathers shards, for which each rank is needed
             self._freeze.start(resumed=resumed, progress=progress, bears_unused=bears_unused)
         first = not self._trained
         self._trained = self._trained or at_first_batch
