@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from warmstart import CheckpointError, Pretrained, PretrainedFields, Report, TimingError
+from warmstart import CheckpointError, MappingError, Pretrained, PretrainedFields, Report, TimingError
 from warmstart.api import Sources
 from warmstart.freezing import Held
 from warmstart.lifecycle import OnFreezeChange, UnfreezeUnit
@@ -206,7 +206,13 @@ class WarmStartCallback(TrainerCallback):
         self._run, self._folder = weakref.ref(control), args.output_dir
 
     def _load(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-        others = [c._life for c in self._of_this_run() if c is not self]
+        beside = [callback for callback in self._of_this_run() if callback is not self]
+        if any(callback.state_key == self.state_key for callback in beside):
+            raise MappingError(
+                f"two warm starts of this Trainer are {self.state_key} in its checkpoints, where one would overwrite the "
+                'other; tell them apart: WarmStartCallback(..., name="adapter")'
+            )
+        others = [callback._life for callback in beside]
         optimizers = [optimizer] if optimizer is not None else []
         newest = self._manifest(_newest_checkpoint(self._folder))
         with raised_on_all("look for placeholders"):
