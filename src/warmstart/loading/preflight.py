@@ -66,7 +66,8 @@ def _unchanged(plan: Plan) -> None:
 def _right_file(plan: Plan) -> None:
     for part in plan.parts:
         wanted = part.pretrained.sha256
-        if wanted is not None and (found := part.checkpoint.sha256()) != wanted.lower():
+        here = part.checkpoint.at_hand
+        if wanted is not None and here is not None and (found := here.sha256()) != wanted.lower():
             raise CheckpointError(
                 f"{part.checkpoint.location}: its SHA-256 is {found}, not the {wanted.lower()} asked for; get the right "
                 f'file, or write sha256="{found}" if this is the one you mean'
