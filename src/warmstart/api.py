@@ -7,13 +7,13 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 from typing_extensions import Unpack
 
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.checkpoints.places import is_gone
 from warmstart.errors import CheckpointError, MappingError, VerificationError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns, refuse_wrapped
@@ -25,11 +25,10 @@ from warmstart.mapping.lock import compare
 from warmstart.mapping.plan import Plan, Read, Verify
 from warmstart.mapping.planning import make_plan
 from warmstart.mapping.pretrained import Pretrained, PretrainedFields, Source, as_parts
-from warmstart.mapping.suggesting.suggesting import suggest_rules
+from warmstart.mapping.sources import open_source
 from warmstart.mapping.suggesting.suggestion import Suggestion
 from warmstart.mapping.targets import Targets
 from warmstart.patterns import Patterns
-from warmstart.rendering.page import write_page
 from warmstart.report import Report
 from warmstart.version import __version__
 
@@ -90,7 +89,7 @@ def load(
         if read != "broadcast":
             return plan(model, pretrained, lock=lock, **fields).apply(verify=verify, read=read, group=group)
         parts = as_parts(pretrained, fields)
-        openers = [functools.partial(opened, part) for part in parts]
+        openers = [functools.partial(open_source, part) for part in parts]
         with relayed(openers, any(is_gone(part.source) for part in parts), group) as checkpoints:
             return _planned(model, parts, checkpoints, lock).apply(verify=verify, read=read, group=group)
 
@@ -113,7 +112,7 @@ def plan(
     """
     _model_first(model)
     parts = as_parts(pretrained, fields)
-    return _planned(model, parts, [opened(part) for part in parts], lock)
+    return _planned(model, parts, [open_source(part) for part in parts], lock)
 
 
 def _model_first(model: object) -> None:
@@ -129,7 +128,7 @@ def _planned(
     checkpoints: Sequence[Checkpoint],
     lock: str | os.PathLike[str] | None,
 ) -> Plan[Report]:
-    made = make_plan(model, list(zip(parts, checkpoints, strict=True)), apply, write_page)
+    made = make_plan(model, list(zip(parts, checkpoints, strict=True)), apply, _page)
     if lock is not None and (changed := compare(made, lock)):
         made = dataclasses.replace(made, errors=(*made.errors, *changed))
     return made
@@ -164,22 +163,11 @@ def suggest(
     """
     if isinstance(source, Sequence) and not isinstance(source, str):
         raise TypeError("suggest takes one source; ask for each of several alone, with into= or select=")
+    from warmstart.mapping.suggesting.suggesting import suggest_rules  # much code that a load does not need
+
     (pretrained,) = as_parts(source, fields)
-    return suggest_rules(model, pretrained, opened(pretrained), accept=accept, vocabulary=vocabulary, evidence=evidence)
-
-
-def opened(part: Pretrained, checkpoint_key: str | None = None) -> Checkpoint:
-    """The source of these rules, or another tree of it.
-
-    Raises:
-        CheckpointError: It cannot be opened.
-    """
-    return open_checkpoint(
-        part.source,
-        checkpoint_key=part.checkpoint_key if checkpoint_key is None else checkpoint_key,
-        revision=part.revision,
-        subfolder=part.subfolder,
-        trust_pickle=part.trust_pickle,
+    return suggest_rules(
+        model, pretrained, open_source(pretrained), accept=accept, vocabulary=vocabulary, evidence=evidence
     )
 
 
@@ -212,6 +200,12 @@ def apply(
             error.report.status = "failed"
         raise
     return Report(plan, written, lineage(plan, __version__), frozen)
+
+
+def _page(path: str | os.PathLike[str], plan: Plan[Report]) -> Path:
+    from warmstart.rendering.page import write_page
+
+    return write_page(path, plan)
 
 
 def freeze(model: nn.Module, patterns_or_report: Patterns | Report) -> Frozen:

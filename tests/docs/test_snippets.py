@@ -58,7 +58,9 @@ def test_code_is_fenced_so_that_it_is_run(page):
 
 
 def test_every_world_has_a_page():
-    assert {path.name for path in snippets.WORLDS.glob("*.py")} <= {snippets.world(page).name for page in snippets.PAGES}
+    assert {path.name for path in snippets.WORLDS.glob("*.py")} <= {
+        snippets.world(page).name for page in snippets.PAGES
+    }
 
 
 def test_a_wrong_snippet_is_found(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from warmstart.loading.values import Digests, Values, loaded_here, written
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan import Plan, Verify
-from warmstart.shards import shard_of
+from warmstart.shards import reshard, shard_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,6 +62,7 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
     result = Written(verify)
     done: list[str] = []
     begun = False
+    reshard(plan.model)
     try:
         with in_step(plan), torch.no_grad():
             if begun := needs_memory(plan):

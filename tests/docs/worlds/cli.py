@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import nn, randn
+from torch import randn
 from transformers import BertConfig, BertModel
 
 config = BertConfig(
@@ -16,11 +16,11 @@ save_file({key: value.contiguous() for key, value in state.items()}, "model.safe
 
 save_file({"image.weight": randn(4, 4), "image.bias": randn(4)}, "vision.safetensors")
 save_file({"weight": randn(4, 4), "bias": randn(4)}, "text.safetensors")
-Path("towers.py").write_text('''
+Path("towers.py").write_text("""
 from torch import nn
 
 class Towers(nn.Module):
     def __init__(self):
         super().__init__()
         self.image, self.text, self.scale = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(1, 1)
-''')
+""")

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from torch import nn, randn
+from torch import randn
 
-Path("net.py").write_text('''
+Path("net.py").write_text("""
 from torch import nn
 
 class Attention(nn.Module):
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.encoder, self.head = Encoder(), nn.Linear(16, 3)
-''')
+""")
 
 from net import Classifier, Encoder
 from safetensors.torch import save_file

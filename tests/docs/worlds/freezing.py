@@ -34,4 +34,6 @@ rows = [{"x": x, "labels": y} for x, y in examples]
 
 from transformers import TrainingArguments
 
-args = TrainingArguments("run", num_train_epochs=3, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True)
+args = TrainingArguments(
+    "run", num_train_epochs=3, per_device_train_batch_size=8, report_to=[], use_cpu=True, disable_tqdm=True
+)

@@ -1,7 +1,7 @@
 """A classifier of five classes as a file, and models of three."""
 
-from torch import nn, randn
 from safetensors.torch import save_file
+from torch import nn
 
 
 class Net(nn.Module):

@@ -3,9 +3,19 @@
 from safetensors.torch import save_file
 from torch import nn, randn
 
-THEIRS = {"attention.wq": (8, 8), "attention.wk": (4, 8), "attention.wv": (4, 8), "attention.wo": (8, 8), "feed_forward.down": (8, 12)}
+THEIRS = {
+    "attention.wq": (8, 8),
+    "attention.wk": (4, 8),
+    "attention.wv": (4, 8),
+    "attention.wo": (8, 8),
+    "feed_forward.down": (8, 12),
+}
 OURS = dict(
-    zip(THEIRS, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"], strict=True)
+    zip(
+        THEIRS,
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"],
+        strict=True,
+    )
 )
 theirs, model = {"tok_embeddings.weight": randn(20, 8)}, nn.Module()
 model.embed_tokens = nn.Embedding(20, 8)

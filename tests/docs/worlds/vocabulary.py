@@ -1,8 +1,8 @@
 """A language model with a tied head, its vocabulary, and a larger one; and a tiny BERT with two tokenizers."""
 
-from torch import nn
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
+from torch import nn
 
 
 class LM(nn.Module):
