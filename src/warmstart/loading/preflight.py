@@ -8,6 +8,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from warmstart.errors import CheckpointError, MappingError, TimingError
+from warmstart.loading.masters import has_master
 from warmstart.loading.materialising import uninitialisable
 from warmstart.loading.values import Values, as_planned, duplicates, loaded_here, span, written
 from warmstart.mapping.buckets import Assignment
@@ -52,6 +53,11 @@ def _unchanged(plan: Plan) -> None:
             raise TimingError(
                 f"'{assignment.target}' is not the tensor that was planned for; call warmstart.plan(model, ...) again "
                 "after the model was changed"
+            )
+        if has_master(tensor):
+            raise TimingError(
+                f"'{assignment.target}' is in a DeepSpeed optimizer, whose own copy would overwrite what is loaded at the first "
+                "step; load before deepspeed.initialize(model=...)"
             )
         if not target.lazy and tensor.is_inference():
             raise TimingError(
