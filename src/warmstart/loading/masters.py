@@ -22,7 +22,10 @@ def is_stale(tensor: Any) -> bool:
         return False
     shard = shard_of(tensor)
     if hasattr(tensor, "_z3_optimizer"):
-        master = tensor._z3_optimizer.get_local_fp32_param(tensor)[: shard.local.numel()]
+        try:
+            master = tensor._z3_optimizer.get_local_fp32_param(tensor)[: shard.local.numel()]
+        except KeyError:  # in none of the optimizer's groups
+            return False
         mine = shard.local
     else:
         mapping = tensor._hp_mapping

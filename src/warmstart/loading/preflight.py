@@ -15,7 +15,7 @@ from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan
 from warmstart.mapping.targets import Live
-from warmstart.shards import Shard, full_shape, is_sharded, local_of, shard_of
+from warmstart.shards import Shard, full_shape, is_partition, is_sharded, local_of, shard_of
 from warmstart.tensors import dtype_name, non_finite, range_lost, same_bits
 
 
@@ -56,8 +56,8 @@ def _unchanged(plan: Plan) -> None:
             )
         if has_master(tensor):
             raise TimingError(
-                f"'{assignment.target}' is in a DeepSpeed optimizer, whose own copy would overwrite what is loaded at the first "
-                "step; load before deepspeed.initialize(model=...)"
+                f"'{assignment.target}' is in a DeepSpeed optimizer, whose own copy would overwrite what is loaded at its "
+                "first step; load before deepspeed.initialize(model=...)"
             )
         if not target.lazy and tensor.is_inference():
             raise TimingError(
@@ -112,7 +112,7 @@ def _entangled(plan: Plan) -> list[str]:
 
 
 def _unlike_shards(plan: Plan) -> list[str]:
-    """Sharded entries that would change their dtype or shape, which their engine relies on."""
+    """Sharded entries that would change their dtype or shape, or be held in part, which their engine does not allow."""
     unlike = []
     for assignment in written(plan):
         target = plan.targets.entries[assignment.target]
@@ -121,9 +121,14 @@ def _unlike_shards(plan: Plan) -> list[str]:
                 (dtype_name(d), s) for d, s in ((target.dtype, target.shape), (assignment.dtype, assignment.shape))
             )
             unlike.append((assignment.target, f"{has[0]} {has[1]} would become {gets[0]} {gets[1]}"))
+    for name in plan.held_rows:
+        if is_partition(plan.targets.entries[name].tensor):
+            unlike.append(
+                (name, "freeze_old=True cannot hold rows of a ZeRO-3 parameter, whose optimizer has a copy of it")
+            )
     if not unlike:
         return []
-    message = f"shards: {len(unlike)} sharded entries would become others\n{listed(unlike)}\n"
+    message = f"shards: {len(unlike)} sharded entries cannot be what is asked for\n{listed(unlike)}\n"
     return [f"{message}  -> build the model that way before it is sharded, or load before that"]
 
 

@@ -113,7 +113,9 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
         if not same:
             out.append(Difference(name, "has other values"))
         elif is_stale(tensor):
-            out.append(Difference(name, "is right, but the optimizer's fp32 copy of it is not, and its next step writes that"))
+            out.append(
+                Difference(name, "is right, but the optimizer's fp32 copy of it is not, and its next step writes that")
+            )
     return out
 
 
