@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,8 +32,8 @@ from warmstart.mapping.plan import Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_transformers.model_card import add_ancestor
-from warmstart_transformers.models import ModelLifecycle
-from warmstart_transformers.trackers import log_report
+from warmstart_transformers.models import ModelLifecycle, mark_loaded
+from warmstart_transformers.trackers import log_report, save_report
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -65,7 +64,8 @@ class WarmStartCallback(TrainerCallback):
         unfreeze_unit: `"epoch"` or `"step"`.
         on_freeze_change: Whether resuming a run that had frozen other entries is an `"error"`, or to be allowed.
         lock: A lock file (`Plan.to_yaml`): a run whose plan came out different is refused.
-        log: Print the report, log it to what `report_to` names and write it to `output_dir` as JSON.
+        log: Print the report, log it to what `report_to` names and write it to `output_dir` as JSON and,
+            with jinja2 installed, as a page.
         name: Tells two of these callbacks with the same `into` apart in checkpoints.
         **fields: `Pretrained`'s fields, for a single bare source.
 
@@ -214,6 +214,8 @@ class WarmStartCallback(TrainerCallback):
         optimizers = [optimizer] if optimizer is not None else []
         newest = self._manifest(_newest_checkpoint(self._folder))
         self._life.apply(model, others, optimizers=optimizers, manifest=newest)
+        if self.report is not None:
+            mark_loaded(model, self.report)
         if self._resuming is not None:
             self._life.resume(model, self._manifest(self._resuming))
 
@@ -283,14 +285,11 @@ class WarmStartCallback(TrainerCallback):
                 print("warmstart: the source is gone; the resumed checkpoint has the weights")
             return
         if zero:
-            print(report)
+            report.show()
         log_report(report, args, state, self._trainer() if self._trainer is not None else None)
         if zero:
             suffix = f"-{self._key.replace('/', '_')}" if len(self._of_this_run()) > 1 else ""
-            try:
-                report.to_json(Path(str(args.output_dir), f"warmstart{suffix}.json"))
-            except OSError as error:
-                warnings.warn(f"warmstart: the report could not be written: {error}", UserWarning, stacklevel=2)
+            save_report(Path(str(args.output_dir)), f"warmstart{suffix}", report)
 
     def _of_this_run(self) -> list[WarmStartCallback]:
         """This and the other warm starts of the same Trainer."""

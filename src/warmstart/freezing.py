@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from warmstart.errors import FrozenChangedError, MappingError
+from warmstart.errors import FrozenChangedError, MappingError, TimingError
 from warmstart.held_rows import HeldRows
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import did_you_mean
@@ -90,6 +90,7 @@ class Frozen:
                 target.tensor.requires_grad_(False)
                 target.tensor.grad = None
         self._deferred: list[Target] = []
+        self._sealed: frozenset[str] = frozenset()
         self._held: list[tuple[str, list[nn.Module]]] = []
         self._holds = held == "eval"
         self._hold()
@@ -185,6 +186,10 @@ class Frozen:
             target.tensor.grad = None
         self._deferred = []
 
+    def seal(self) -> None:
+        """The model is wrapped in what averages gradients over ranks, which never averages those of what is frozen now."""
+        self._sealed = frozenset(name for name, target in self._targets.items() if not target.tensor.requires_grad)
+
     def release(self, patterns: Patterns, optimizer: torch.optim.Optimizer | None = None) -> tuple[str, ...]:
         """Unfreeze what the patterns match, and end the eval mode that was held for it.
 
@@ -197,6 +202,7 @@ class Frozen:
 
         Raises:
             MappingError: A pattern matches nothing that is frozen.
+            TimingError: Ranks would train what was frozen when the model was wrapped apart from each other.
         """
         chosen = PatternSet(patterns, where="release")
         released = [n for n, t in self._targets.items() if chosen.matches(n, t.clean)]
@@ -206,6 +212,12 @@ class Frozen:
         if unused := chosen.without_hit():
             hint = did_you_mean(unused[0].text, [*self._targets, *self.rows])
             raise MappingError(f"release({unused[0].text!r}) matches nothing that is frozen{hint}")
+        if apart := [name for name in released if name in self._sealed and name in self.trained]:
+            raise TimingError(
+                f"{len(apart)} parameters were frozen when the model was wrapped in DistributedDataParallel, which would not "
+                f"average their gradients: each rank would train its own\n{listed((name, '') for name in apart)}\n"
+                f'  -> say so before it is wrapped: unfreeze={{100: ["{printable(apart[0])}"]}}, find_unused_parameters=True'
+            )
         for name in partly:
             self.rows.pop(name).release()
         parameters = []
@@ -294,6 +306,19 @@ def freeze_patterns(model: nn.Module, patterns: Patterns, held: Held = "eval") -
         hint = did_you_mean(unused[0].text, [t.clean for t in targets.entries.values()])
         raise MappingError(f"freeze={unused[0].text!r} matches no model entry{hint}")
     return freeze_entries(model, names, targets, held)
+
+
+def refuse_wrapped(targets: Targets) -> None:
+    """Refuse to freeze in a model whose wrapper was made for gradients of what trained then.
+
+    Raises:
+        TimingError: The model is wrapped in DistributedDataParallel.
+    """
+    if "DistributedDataParallel" in targets.wrapped:
+        raise TimingError(
+            "the model is wrapped in DistributedDataParallel, whose reducer would wait for the frozen parameters; load "
+            "and freeze first, then wrap: warmstart.load(model, ..., freeze=...); model = DistributedDataParallel(model)"
+        )
 
 
 def _to_hold(model: nn.Module, frozen: set[tuple[int, str]]) -> list[tuple[str, list[nn.Module]]]:

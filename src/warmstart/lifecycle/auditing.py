@@ -12,8 +12,8 @@ from warmstart.mapping.grouping import listed
 from warmstart.mapping.plan import Plan
 
 
-def refuse_late_freeze(plan: Plan, names: set[str], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Refuse to freeze what trains already.
+def refuse_late_freeze(plan: Plan, names: set[str], optimizers: Sequence[torch.optim.Optimizer], fix: str) -> None:
+    """Refuse to freeze what trains already, with the `fix` to type.
 
     Raises:
         TimingError: An optimizer holds one of the entries.
@@ -24,8 +24,7 @@ def refuse_late_freeze(plan: Plan, names: set[str], optimizers: Sequence[torch.o
     if late:
         raise TimingError(
             f"{len(late)} parameters that are to be frozen are in an optimizer already\n"
-            f"{listed((name, '') for name in late)}\n"
-            "  -> leave these out of it, or let the optimizer be made after the load"
+            f"{listed((name, '') for name in late)}\n  -> {fix}"
         )
 
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from warmstart import api
 from warmstart.checkpoints.places import is_gone
+from warmstart.drift import Drift
 from warmstart.errors import CheckpointError, MappingError, TimingError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
 from warmstart.lifecycle.auditing import audit, refuse_late_freeze
@@ -21,7 +22,7 @@ from warmstart.lifecycle.overlap import refuse_overlap
 from warmstart.lifecycle.past import Past, known, remember
 from warmstart.lifecycle.restoring import RestoreWatch
 from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
-from warmstart.loading.agreement import raised_on_all
+from warmstart.loading.agreement import raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
 from warmstart.mapping.grouping import listed
 from warmstart.mapping.lock import frozen_names
@@ -41,7 +42,10 @@ class Lifecycle:
         schedule: What to release when.
         report: What was loaded into the present model; None before, and where this run did not load it.
         restored: The state of the run that was resumed, as `state()` gave it; None otherwise.
+        late_freeze: What to do about an optimizer that holds what is to be frozen, in the host's words.
     """
+
+    late_freeze = "leave these out of it, or let the optimizer be made after the load"
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class Lifecycle:
         self._watch = RestoreWatch(None)
         self._hook: RemovableHandle | None = None
         self._trained = False
+        self._drift: Drift | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The configuration alone: what a run made of it belongs to its process and its model."""
@@ -95,6 +100,10 @@ class Lifecycle:
         """What makes two warm starts the same one: their sources and rules."""
         sources = [os.fspath(p.source) if isinstance(p.source, str | os.PathLike) else id(p.source) for p in self.parts]
         return tuple((source, repr(sorted(p.rules().items()))) for source, p in zip(sources, self.parts, strict=True))
+
+    def same_as(self, other: Lifecycle) -> bool:
+        """Whether both load the same sources by the same rules."""
+        return self._identity() == other._identity()
 
     def _known(self, model: nn.Module) -> Past | None:
         return known(model, self._identity())
@@ -136,7 +145,7 @@ class Lifecycle:
             TimingError: An optimizer holds a parameter already that is to be frozen.
         """
         self._unwatch()
-        with raised_on_all():
+        with raised_on_all("set up"):
             self._apply(model, beside, optimizers, manifest or {})
         self.watch(model, manifest)
 
@@ -154,12 +163,15 @@ class Lifecycle:
                 refuse_overlap(self.report.plan, [other.report for other in beside])
             return
         self._reset()
+        plan: Plan[Report] | None = None
         try:
             plan = self.plan(model)
         except CheckpointError as error:
             if not any(is_gone(part.source) for part in self.parts):
                 raise
             self._gone = error
+        raised_unless_alike(self._gone, "set up: its source")
+        if plan is None:
             self._freeze.take(self._frozen_without_source(model))
             if self.frozen is None:
                 self._freeze.take_as_before(model, manifest)
@@ -168,7 +180,7 @@ class Lifecycle:
             for other in beside:
                 other._rehearse(model)
             refuse_overlap(plan, [other.report for other in beside])
-            refuse_late_freeze(plan, set(plan.freeze) - self.schedule.later(plan), optimizers)
+            refuse_late_freeze(plan, set(plan.freeze) - self.schedule.later(plan), optimizers, self.late_freeze)
             self.report = api.apply(plan, verify=self.verify, held=self.held)
             self._freeze.take(self.report.frozen)
             remember(model, self._identity(), self.report)
@@ -233,7 +245,7 @@ class Lifecycle:
         """
         if not self.loaded(model):
             return
-        with raised_on_all():
+        with raised_on_all("resume"):
             if state is not None:
                 self._resume(model, state)
 
@@ -257,6 +269,7 @@ class Lifecycle:
         optimizers: Sequence[torch.optim.Optimizer] | None = None,
         progress: int = 0,
         bears_unused: bool = True,
+        at_first_batch: bool = False,
     ) -> bool:
         """The last look before training: values first, then whether a restore explains a difference.
 
@@ -266,6 +279,7 @@ class Lifecycle:
             optimizers: The optimizers that will train it, if they hold the model's own parameters.
             progress: How many units (`unfreeze_unit`) the run has behind it.
             bears_unused: Whether the wrapper that averages gradients bears parameters that get none for now.
+            at_first_batch: Whether the first batch comes next, so that `check_first_batch` would see nothing new.
 
         Returns:
             Whether the model has not trained since it was loaded, so that there is something new to tell.
@@ -277,10 +291,12 @@ class Lifecycle:
             VerificationError: The model does not hold what was loaded, and no restore explains it.
             FrozenChangedError: A frozen tensor is trainable again or has moved.
         """
-        with raised_on_all():
+        with raised_on_all("start of training"):
             self._start(model, resumed, optimizers)
             self._freeze.start(resumed=resumed, progress=progress, bears_unused=bears_unused)
-        return not self._trained
+        first = not self._trained
+        self._trained = self._trained or at_first_batch
+        return first
 
     def _start(self, model: nn.Module, resumed: bool, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
         self._unwatch()
@@ -304,6 +320,29 @@ class Lifecycle:
             else:
                 raise_differences(structure(self.report.plan, model), "when training starts again")
             audit(self.report.plan, model, optimizers)
+
+    def look(self, model: nn.Module, *, resumed: bool) -> None:
+        """Compare the values for a stage that does not train.
+
+        Raises:
+            WarmStartError: As `start`.
+        """
+        with raised_on_all("look before a stage"):
+            self._start(model, resumed, None)
+
+    def enforce(self) -> None:
+        """Freeze what the schedule releases later; the optimizer and the wrapper are there by now."""
+        if self.frozen is not None:
+            self.frozen.enforce()
+
+    def measure_drift(self, model: nn.Module) -> None:
+        """Remember, after `start`, what the loaded layers start from."""
+        if self.report is not None and self._drift is None:
+            self._drift = Drift.of(self.report, model)
+
+    def drift(self, model: nn.Module) -> dict[str, float]:
+        """Path of each module that was loaded and trains, to its relative distance from its pretrained values."""
+        return self._drift.measure(model) if self._drift is not None else {}
 
     def advance(self, progress: int) -> tuple[str, ...]:
         """Release what the schedule releases after `progress` units of training.
@@ -353,7 +392,7 @@ class Lifecycle:
             VerificationError: A loaded parameter was written to since training started.
             FrozenChangedError: A frozen tensor moved.
         """
-        with raised_on_all():
+        with raised_on_all("first training batch"):
             if self.report is not None and self.report.status == "applied":
                 wrong = self.report.differences(model, self.verify, buffers=False)
                 if wrong:
@@ -368,7 +407,7 @@ class Lifecycle:
         Raises:
             FrozenChangedError: A frozen tensor moved.
         """
-        with raised_on_all():
+        with raised_on_all("check of what is frozen"):
             self._freeze.check(sampled=not full)
 
     def state(self) -> dict[str, Any]:

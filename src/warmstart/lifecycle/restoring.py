@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from warmstart.mapping.names import WRAPPER_SEGMENTS, without_wrappers
+
 
 class RestoreWatch:
     """A model's load-state-dict hook: which of its entries a restore had values for, over all of its files.
@@ -21,7 +23,11 @@ class RestoreWatch:
 
     def __call__(self, module: nn.Module, incompatible: Any) -> None:
         self.seen = True
-        self.matched |= module.state_dict(keep_vars=True).keys() - set(incompatible.missing_keys)
+        entries = module.state_dict(keep_vars=True).keys()
+        # Of a load through the model's wrapper, the names have the wrapper's segments.
+        segments = WRAPPER_SEGMENTS.difference(*(name.split(".") for name in entries))
+        missing = {*incompatible.missing_keys, *(without_wrappers(k, segments) for k in incompatible.missing_keys)}
+        self.matched |= entries - missing
         if self.warning is not None:
             warning, self.warning = self.warning, None
             warnings.warn(warning, UserWarning, stacklevel=2)

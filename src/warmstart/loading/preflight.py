@@ -8,6 +8,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from warmstart.errors import CheckpointError, MappingError, TimingError
+from warmstart.freezing import refuse_wrapped
 from warmstart.loading.masters import has_master
 from warmstart.loading.materialising import uninitialisable
 from warmstart.loading.values import Values, as_planned, duplicates, loaded_here, span, written
@@ -64,11 +65,8 @@ def _unchanged(plan: Plan) -> None:
                 f"'{assignment.target}' was made under torch.inference_mode() and cannot be written to; build the model "
                 "outside of it"
             )
-    if plan.freeze and "DistributedDataParallel" in plan.targets.wrapped:
-        raise TimingError(
-            "the model is wrapped in DistributedDataParallel, whose reducer would wait for the frozen parameters; load "
-            "and freeze first, then wrap: warmstart.load(model, ..., freeze=...); model = DistributedDataParallel(model)"
-        )
+    if plan.freeze:
+        refuse_wrapped(plan.targets)
 
 
 def _right_file(plan: Plan) -> None:
