@@ -289,6 +289,14 @@ def main(engine: str, rank: int, world: int, folder: Path) -> None:
                     facts[cell], tensors[cell] = run_cell(engine, name, path_of(folder, name, source))
                 except Exception:
                     facts[cell] = {"error": traceback.format_exc()}
+        from stories import STORIES
+
+        for story in STORIES.get(engine, []):
+            try:
+                story(folder)
+                facts[story.__name__] = {}
+            except Exception:
+                facts[story.__name__] = {"error": traceback.format_exc()}
         torch.save(tensors, folder / engine / f"{rank}.pt")
         (folder / engine / f"{rank}.json").write_text(json.dumps(facts))
 
