@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 from typing_extensions import Unpack
 
-from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.errors import CheckpointError, MappingError, VerificationError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns, refuse_wrapped
 from warmstart.lineage import lineage
@@ -21,11 +20,10 @@ from warmstart.mapping.lock import compare
 from warmstart.mapping.plan import Plan, Verify
 from warmstart.mapping.planning import make_plan
 from warmstart.mapping.pretrained import Pretrained, PretrainedFields, Source, as_parts
-from warmstart.mapping.suggesting.suggesting import suggest_rules
+from warmstart.mapping.sources import open_source
 from warmstart.mapping.suggesting.suggestion import Suggestion
 from warmstart.mapping.targets import Targets
 from warmstart.patterns import Patterns
-from warmstart.rendering.page import write_page
 from warmstart.report import Report
 from warmstart.version import __version__
 
@@ -98,8 +96,8 @@ def plan(
             f"the model comes first and the source second: load(model, source), not a {type(model).__name__} first"
         )
     parts = as_parts(pretrained, fields)
-    sources = [(part, opened(part)) for part in parts]
-    made = make_plan(model, sources, apply, write_page)
+    sources = [(part, open_source(part)) for part in parts]
+    made = make_plan(model, sources, apply, _page)
     if lock is not None and (changed := compare(made, lock)):
         made = dataclasses.replace(made, errors=(*made.errors, *changed))
     return made
@@ -134,22 +132,11 @@ def suggest(
     """
     if isinstance(source, Sequence) and not isinstance(source, str):
         raise TypeError("suggest takes one source; ask for each of several alone, with into= or select=")
+    from warmstart.mapping.suggesting.suggesting import suggest_rules  # much code that a load does not need
+
     (pretrained,) = as_parts(source, fields)
-    return suggest_rules(model, pretrained, opened(pretrained), accept=accept, vocabulary=vocabulary, evidence=evidence)
-
-
-def opened(part: Pretrained, checkpoint_key: str | None = None) -> Checkpoint:
-    """The source of these rules, or another tree of it.
-
-    Raises:
-        CheckpointError: It cannot be opened.
-    """
-    return open_checkpoint(
-        part.source,
-        checkpoint_key=part.checkpoint_key if checkpoint_key is None else checkpoint_key,
-        revision=part.revision,
-        subfolder=part.subfolder,
-        trust_pickle=part.trust_pickle,
+    return suggest_rules(
+        model, pretrained, open_source(pretrained), accept=accept, vocabulary=vocabulary, evidence=evidence
     )
 
 
@@ -174,6 +161,12 @@ def apply(
             error.report.status = "failed"
         raise
     return Report(plan, written, lineage(plan, __version__), frozen)
+
+
+def _page(path: str | os.PathLike[str], plan: Plan[Report]) -> Path:
+    from warmstart.rendering.page import write_page
+
+    return write_page(path, plan)
 
 
 def freeze(model: nn.Module, patterns_or_report: Patterns | Report) -> Frozen:
