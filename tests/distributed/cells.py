@@ -165,7 +165,9 @@ def fsdp2(case: Case) -> nn.Module:
 def fsdp2_meta(case: Case) -> nn.Module:
     with torch.device("meta"):
         net = fresh(case)
-    return fully_sharded(net, case)
+    net = fully_sharded(net, case)
+    torch.manual_seed(1 + torch.distributed.get_rank())  # every rank draws like the first
+    return net
 
 
 def fully_sharded(net: Net, case: Case, **options: Any) -> nn.Module:

@@ -22,7 +22,7 @@ from warmstart.lifecycle.overlap import refuse_overlap
 from warmstart.lifecycle.past import Past, known, remember
 from warmstart.lifecycle.restoring import RestoreWatch
 from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
-from warmstart.loading.agreement import raised_on_all
+from warmstart.loading.agreement import raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
 from warmstart.mapping.grouping import listed
 from warmstart.mapping.lock import frozen_names
@@ -145,7 +145,7 @@ class Lifecycle:
             TimingError: An optimizer holds a parameter already that is to be frozen.
         """
         self._unwatch()
-        with raised_on_all():
+        with raised_on_all("set up"):
             self._apply(model, beside, optimizers, manifest or {})
         self.watch(model, manifest)
 
@@ -163,12 +163,15 @@ class Lifecycle:
                 refuse_overlap(self.report.plan, [other.report for other in beside])
             return
         self._reset()
+        plan: Plan[Report] | None = None
         try:
             plan = self.plan(model)
         except CheckpointError as error:
             if not any(is_gone(part.source) for part in self.parts):
                 raise
             self._gone = error
+        raised_unless_alike(self._gone, "set up: its source")
+        if plan is None:
             self._freeze.take(self._frozen_without_source(model))
             if self.frozen is None:
                 self._freeze.take_as_before(model, manifest)
@@ -242,7 +245,7 @@ class Lifecycle:
         """
         if not self.loaded(model):
             return
-        with raised_on_all():
+        with raised_on_all("resume"):
             if state is not None:
                 self._resume(model, state)
 
@@ -288,7 +291,7 @@ class Lifecycle:
             VerificationError: The model does not hold what was loaded, and no restore explains it.
             FrozenChangedError: A frozen tensor is trainable again or has moved.
         """
-        with raised_on_all():
+        with raised_on_all("start of training"):
             self._start(model, resumed, optimizers)
             self._freeze.start(resumed=resumed, progress=progress, bears_unused=bears_unused)
         first = not self._trained
@@ -324,7 +327,7 @@ class Lifecycle:
         Raises:
             WarmStartError: As `start`.
         """
-        with raised_on_all():
+        with raised_on_all("look before a stage"):
             self._start(model, resumed, None)
 
     def enforce(self) -> None:
@@ -389,7 +392,7 @@ class Lifecycle:
             VerificationError: A loaded parameter was written to since training started.
             FrozenChangedError: A frozen tensor moved.
         """
-        with raised_on_all():
+        with raised_on_all("first training batch"):
             if self.report is not None and self.report.status == "applied":
                 wrong = self.report.differences(model, self.verify, buffers=False)
                 if wrong:
@@ -404,7 +407,7 @@ class Lifecycle:
         Raises:
             FrozenChangedError: A frozen tensor moved.
         """
-        with raised_on_all():
+        with raised_on_all("check of what is frozen"):
             self._freeze.check(sampled=not full)
 
     def state(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan
 from warmstart.mapping.targets import Live
-from warmstart.shards import Shard, full_shape, local_of, shard_of
+from warmstart.shards import Shard, full_shape, is_sharded, local_of, shard_of
 from warmstart.tensors import dtype_name, non_finite, range_lost, same_bits
 
 
@@ -29,7 +29,7 @@ def preflight(plan: Plan, values: Values) -> None:
     """
     _unchanged(plan)
     _right_file(plan)
-    problems = [*uninitialisable(plan), *_entangled(plan)]
+    problems = [*uninitialisable(plan), *_entangled(plan), *_unlike_shards(plan)]
     problems += _value_dependent(plan, values) or [*_lost(plan, values), *_two_values(plan, values)]
     if problems:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
@@ -101,6 +101,22 @@ def _entangled(plan: Plan) -> list[str]:
         return []
     message = f"memory: {len(shared)} entries overlap others without being tied to them\n{listed(shared)}\n"
     return [f'{message}  -> give them memory of their own, or leave them out: exclude=["{printable(shared[0][0])}"]']
+
+
+def _unlike_shards(plan: Plan) -> list[str]:
+    """Sharded entries that would change their dtype or shape, which their engine relies on."""
+    unlike = []
+    for assignment in written(plan):
+        target = plan.targets.entries[assignment.target]
+        if is_sharded(target.tensor) and (assignment.dtype != target.dtype or assignment.shape != target.shape):
+            has, gets = (
+                (dtype_name(d), s) for d, s in ((target.dtype, target.shape), (assignment.dtype, assignment.shape))
+            )
+            unlike.append((assignment.target, f"{has[0]} {has[1]} would become {gets[0]} {gets[1]}"))
+    if not unlike:
+        return []
+    message = f"shards: {len(unlike)} sharded entries would become others\n{listed(unlike)}\n"
+    return [f"{message}  -> build the model that way before it is sharded, or load before that"]
 
 
 def _lost(plan: Plan, values: Values) -> list[str]:

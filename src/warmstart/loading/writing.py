@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from warmstart.errors import CheckpointError, MappingError, VerificationError
+from warmstart.errors import CheckpointError, VerificationError
+from warmstart.loading.agreement import raised_on_all
 from warmstart.loading.inert import inert_adapters
 from warmstart.loading.materialising import materialise, needs_memory
 from warmstart.loading.preflight import preflight
@@ -17,7 +19,10 @@ from warmstart.loading.values import Digests, Values, loaded_here, written
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan import Plan, Verify
-from warmstart.shards import shard_of
+from warmstart.shards import reshard, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(slots=True)
@@ -39,25 +44,24 @@ class Written:
     notes: list[str] = field(default_factory=list)
 
 
-def write(plan: Plan, verify: Verify) -> Written:
-    """Preflight, write and verify a plan.
+def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Written:
+    """Preflight, write and verify a plan; the ranks of `group` write once all of them have passed the preflight.
 
     Raises:
-        MappingError: The plan has errors, or preflight found one. The model is untouched.
+        MappingError: Preflight found something. The model is untouched.
         CheckpointError: A source cannot be read; `.written` names the entries that were written before that.
         VerificationError: The model does not hold what was written.
     """
-    if verify not in ("full", "sample", "off"):
-        raise MappingError(f"verify={verify!r}: one of 'full', 'sample', 'off'")
-    plan.raise_errors()
     started = time.perf_counter()
     before = sum(part.checkpoint.bytes_read for part in plan.parts)
     values = Values(plan)
-    values.secure()
-    preflight(plan, values)
+    with raised_on_all("preflight", group):
+        values.secure()
+        preflight(plan, values)
     result = Written(verify)
     done: list[str] = []
     begun = False
+    reshard(plan.model)
     try:
         if begun := needs_memory(plan):
             result.notes += materialise(plan)
