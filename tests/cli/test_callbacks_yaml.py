@@ -19,7 +19,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the frameworks
 SEVERAL = {
     "pretrained": [
         {"source": "vision.safetensors", "into": "image", "freeze": ["image.bias"]},
-        {"source": "text.safetensors", "into": "text", "rename": {"w": "weight", "b": "bias"}, "allow_unexpected": "old"},
+        {
+            "source": "text.safetensors",
+            "into": "text",
+            "rename": {"w": "weight", "b": "bias"},
+            "allow_unexpected": "old",
+        },
     ],
     "verify": "sample",
     "held": "train",
@@ -72,9 +77,7 @@ def by_lightning(towers, keywords, folder):
     trainer = {"callbacks": [callback], "logger": False, "enable_checkpointing": False, "max_epochs": 1,
                "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}  # fmt: skip
     (folder / "fit.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
-    cli = LightningCLI(
-        towers.Towers, run=False, args=["--config", str(folder / "fit.yaml")], save_config_callback=None
-    )
+    cli = LightningCLI(towers.Towers, run=False, args=["--config", str(folder / "fit.yaml")], save_config_callback=None)
     cli.trainer.fit(cli.model, torch.utils.data.DataLoader(torch.ones(2, 4), batch_size=2))
     return cli.trainer.callbacks[0].report
 
@@ -130,7 +133,8 @@ def test_what_lightning_saves_is_understood(run, towers, tmp_path):
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(SEVERAL))
     (tmp_path / "saved.yaml").write_text(yaml.safe_dump(saved))
     plain, wrapped = (
-        run("plan", "--model", "towers_of_yaml:Towers", f"--config={name}.yaml", "--json") for name in ("rules", "saved")
+        run("plan", "--model", "towers_of_yaml:Towers", f"--config={name}.yaml", "--json")
+        for name in ("rules", "saved")
     )
     assert plain.data == wrapped.data
     assert [part["source"] for part in plain.data["parts"]] == ["vision.safetensors", "text.safetensors"]

@@ -46,7 +46,9 @@ def config(path: str, options: Collection[str]) -> str:
     if isinstance(sources, str):
         return yaml.safe_dump({"source": sources} | rest)
     if beside := sorted(set(rest).intersection(_FIELDS)):
-        raise UsageError(f"{path}: {', '.join(beside)} beside sources that have fields of their own; give it to each of them")
+        raise UsageError(
+            f"{path}: {', '.join(beside)} beside sources that have fields of their own; give it to each of them"
+        )
     several = sources if isinstance(sources, list) else [sources]
     if len(several) == 1:
         return yaml.safe_dump(_fields(several[0]) | rest)
@@ -77,7 +79,9 @@ def _fields(source: Any) -> dict[str, Any]:
     if isinstance(source, str):
         return {"source": source}
     if not isinstance(source, Mapping) or not isinstance(source.get("source"), str):
-        raise UsageError(f"pretrained: {source!r} should be a file, or a mapping such as {{source: FILE, into: encoder}}")
+        raise UsageError(
+            f"pretrained: {source!r} should be a file, or a mapping such as {{source: FILE, into: encoder}}"
+        )
     return dict(source)
 
 
