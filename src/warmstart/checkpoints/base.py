@@ -183,6 +183,18 @@ class Checkpoint(ABC):
                 return f"{stamp.path} was written to after it was opened"
         return None
 
+    def check_sha256(self, wanted: str | None) -> None:
+        """Refuse a file that is not the one meant; None means any.
+
+        Raises:
+            CheckpointError: Its SHA-256 is another, or the source is not one file.
+        """
+        if wanted is not None and (found := self.sha256()) != wanted.lower():
+            raise CheckpointError(
+                f"{self.location}: its SHA-256 is {found}, not the {wanted.lower()} asked for; get the right file, or write "
+                f'sha256="{found}" if this is the one you mean'
+            )
+
     def sha256(self) -> str:
         """The digest of the source's one file, in one sequential pass.
 
