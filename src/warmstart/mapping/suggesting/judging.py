@@ -56,7 +56,7 @@ def judged(
         if link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT):
             sure.add(link)
             continue
-        if not closed or link.doubted or _both_own(link, keys, entries):
+        if not (closed and link.evidence) or link.doubted or _both_own(link, keys, entries):
             continue
         row = any(
             len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})
