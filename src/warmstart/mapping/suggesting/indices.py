@@ -48,9 +48,7 @@ def spread(
         longer: The segments of the side that has more.
         long: The list there.
     """
-    beside = [
-        len(shorter[short[:-up]] - longer[long[:-up]]) for up in (1, 2) if len(short) >= up and len(long) >= up
-    ]
+    beside = [len(shorter[short[:-up]] - longer[long[:-up]]) for up in (1, 2) if len(short) >= up and len(long) >= up]
     return 0 < lost <= max(beside, default=0)
 
 

@@ -53,10 +53,14 @@ def judged(
     for link in links:
         a, b = link.extra
         some = link.evidence >= Evidence.SOME_WORDS
-        if link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT):
+        owned = _both_own(link, keys, entries)
+        if link.evidence == Evidence.WORDS or (
+            not owned
+            and (link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT))
+        ):
             sure.add(link)
             continue
-        if not (closed and link.evidence) or link.doubted or _both_own(link, keys, entries):
+        if not (closed and link.evidence) or link.doubted or owned:
             continue
         row = any(
             len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})

@@ -68,7 +68,6 @@ class Side:
             self.tails[template] = list(_tails(template.path, self.lexicon))
         self.parents.update(path[-1] for path in self.paths if path)
 
-
     def says(self, place: Path, word: str, item: Item) -> bool:
         """Whether another tensor below a place says a word, in the same items of lists as one does."""
         lists = len(index_positions(place))
@@ -146,8 +145,7 @@ def _numbers_agree(keys: Side, key: Template, start: int, entries: Side, entry: 
     """Whether numbers in unlike segments count from the same start: `conv1` of `conv1..3` is not `convs.1` of `convs.0..2`."""
     both = list(zip(_numbers(key.path, start), _numbers(entry.path, other), strict=False))
     return all(
-        x.segment == y.segment
-        or (x.number == y.number and min(keys.families[x.row]) == min(entries.families[y.row]))
+        x.segment == y.segment or (x.number == y.number and min(keys.families[x.row]) == min(entries.families[y.row]))
         for x, y in both
     ) and not any(_spread_apart(keys, x, entries, y) for x, y in both)
 
