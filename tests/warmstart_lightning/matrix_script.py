@@ -154,7 +154,7 @@ def cells(place: str) -> dict[str, Any]:
 
     module, warm, look = new(place), warm_start(), Look()
     run("fit", module, trainer(place, warm, look, 1), warm, look)
-    warm, look = warm_start(), Look()
+    look = Look()
     run("second fit", module, trainer(f"{place}-2", warm, look, 1), warm, look)
     warm, look = warm_start(), Look()
     path = FOLDER / place / "epoch=0.ckpt"
@@ -203,6 +203,9 @@ def refused() -> dict[str, str]:
 
 if __name__ == "__main__":
     places = ("configure_model",) if STRATEGY == "tp" else ("init", "setup", "configure_model")
+    import faulthandler
+
+    faulthandler.dump_traceback_later(140, exit=True)
     results: dict[str, Any] = {place: cells(place) for place in places}
     results |= {"frozen": frozen(), "staged": staged(), "refused": refused()}
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
