@@ -12,7 +12,7 @@ from cells import CASES
 from torch import nn
 
 import warmstart
-from warmstart import MapRows, MappingError, TimingError, VerificationError
+from warmstart import MappingError, MapRows, TimingError, VerificationError
 from warmstart.shards import local_of
 from warmstart.tensors import same_bits
 
