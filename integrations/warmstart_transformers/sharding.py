@@ -15,7 +15,7 @@ from warmstart.mapping.grouping import listed
 
 def is_sharding() -> bool:
     """Whether the `Trainer` that was built last shards its model by FSDP."""
-    return AcceleratorState().distributed_type == DistributedType.FSDP
+    return bool(AcceleratorState().distributed_type == DistributedType.FSDP)
 
 
 def refuse_sharding(args: TrainingArguments) -> None:

@@ -52,8 +52,7 @@ class HeldRows:
         _watch(self)
 
     def _set_hook(self) -> None:
-        # Engines put a shard's gradient where no hook sees it, and hand others to hooks in any placement.
-        if self._hook is None and self.tensor.requires_grad and not is_sharded(self.tensor):
+        if self._hook is None and self.tensor.requires_grad:
             self._hook = self.tensor.register_hook(self._without_gradient)  # type: ignore[no-untyped-call]
 
     @property
@@ -90,6 +89,10 @@ class HeldRows:
         _ACTIVE.discard(self)
 
     def _without_gradient(self, grad: Tensor) -> Tensor:
+        if is_sharded(
+            self.tensor
+        ):  # engines show hooks such a gradient in any placement, or not at all: see `_before_step`
+            return grad
         if grad.is_sparse:  # of an embedding with sparse=True: (row, value) pairs
             grad = grad.coalesce()
             free = ~torch.isin(grad.indices()[0], self.index.to(grad.device))

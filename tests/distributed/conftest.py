@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import cells
 
-TIMEOUT = 240
+TIMEOUT = 600
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(checkpoints: Path) -> Callable[[str], list[Rank]]:
     """Runs all cells of an engine in its processes, once."""
 
+    failed: set[str] = set()
+
+    def once(engine: str) -> list[Rank]:
+        if engine in failed:
+            pytest.fail(f"the processes of {engine} did not end well; the first test of it shows their logs")
+        try:
+            return launch(engine)
+        except AssertionError:
+            failed.add(engine)
+            raise
+
     @functools.cache
     def launch(engine: str) -> list[Rank]:
         if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
@@ -85,7 +96,7 @@ def ranks(checkpoints: Path) -> Callable[[str], list[Rank]]:
             for rank in range(world)
         ]
 
-    return launch
+    return once
 
 
 def run(script: str, arguments: list[str], world: int, data: Path, folder: Path) -> None:

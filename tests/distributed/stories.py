@@ -67,7 +67,7 @@ def rows_are_kept_and_held(folder: Path) -> None:
     """More words than the file: old rows come from it and stay, new ones keep their own values and train."""
     sizes = CASES["uneven"].sizes
     wider = cells.Case({**sizes, "words": 14})
-    rows = MapRows(new=list(range(11)), new_rows="keep", freeze_old=True)
+    rows = MapRows(old=[f"w{i}" for i in range(11)], new=[f"w{i}" for i in range(14)], new_rows="keep", freeze_old=True)
     model, plain = cells.fsdp2(wider), cells.fresh(wider)
     path = cells.path_of(folder, "uneven", "safetensors")
     for net in (model, plain):

@@ -15,7 +15,7 @@ import warmstart
 from warmstart import Pretrained
 from warmstart.tensors import same_bits
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(660)]
 
 
 @functools.cache
