@@ -64,7 +64,6 @@ class Side:
             self.tails[template] = list(_tails(template.path, self.lexicon))
         self.parents.update(path[-1] for path in self.paths if path)
 
-
     def says(self, place: Path, word: str, item: Item) -> bool:
         """Whether another tensor below a place says a word, in the same items of lists as one does."""
         lists = len(index_positions(place))
