@@ -79,7 +79,7 @@ class Relay:
         info = checkpoint.info(key)
         if checkpoint.at_hand is not None:
             whole = checkpoint.at_hand.read(key).contiguous()
-            checkpoint.bytes_read = checkpoint.at_hand.bytes_read
+            checkpoint.bytes_read += info.nbytes
         else:
             whole = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         self._step(key)
