@@ -91,7 +91,8 @@ def load(
         parts = as_parts(pretrained, fields)
         openers = [functools.partial(open_source, part) for part in parts]
         with relayed(openers, any(is_gone(part.source) for part in parts), group) as checkpoints:
-            return _planned(model, parts, checkpoints, lock).apply(verify=verify, read=read, group=group)
+            made = _planned(model, parts, checkpoints, lock)
+            return apply(made, verify=verify, read=read, group=group, shared=True)
 
 
 def plan(
@@ -178,8 +179,12 @@ def apply(
     held: Held = "eval",
     read: Read = "local",
     group: ProcessGroup | None = None,
+    shared: bool = False,
 ) -> Report:
-    """Carry a plan out; `Plan.apply` with the choice of how frozen modules are held, for the hosts."""
+    """Carry a plan out; `Plan.apply` with the choice of how frozen modules are held, for the hosts.
+
+    With `shared` the ranks have already settled which of them read.
+    """
     written: Written | None = None
     try:
         with raised_on_all("load", group, _OTHER_MODE["broadcast"] if read == "broadcast" else ""):
@@ -189,7 +194,8 @@ def apply(
                 raise MappingError(f"read={read!r}: 'local' or 'broadcast'")
             plan.raise_errors()
             agree(plan, group, verify=verify, held=held, read=read)
-            with shared_reading(plan, group) if read == "broadcast" else contextlib.nullcontext(plan) as plan:
+            settled = read == "local" or shared
+            with contextlib.nullcontext(plan) if settled else shared_reading(plan, group) as plan:
                 written = write(plan, verify, group)
             rows, entries = plan.held_rows, plan.targets
             frozen = freeze_entries(plan.model, plan.freeze, entries, held, rows=rows) if plan.freeze or rows else None

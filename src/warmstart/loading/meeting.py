@@ -7,6 +7,7 @@ and its answer is everybody's: n ranks cost the store a few requests each.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import socket
@@ -78,6 +79,15 @@ class Ranks:
     def number(self) -> int:
         """How many meetings there have been."""
         return _meetings.get(self._name, 0)
+
+    @property
+    def patience(self) -> datetime.timedelta:
+        """How long a rank that is at work is waited for."""
+        return datetime.timedelta(seconds=_WORKING * self._limit)
+
+    def store(self, name: str) -> dist.Store:
+        """A part of the store for these ranks alone."""
+        return dist.distributed_c10d.PrefixStore(name, self._store)
 
     def announce(self) -> None:
         """Tell the others that this rank is at work and will come to the next meeting."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import pickle
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +27,7 @@ from warmstart.mapping.plan import Plan, R
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_PIECE: Final = 256 << 20
+PIECE: Final = 256 << 20
 _CARRIED: Final = ("location", "format", "files", "checkpoint_key", "metadata", "versions", "notes")
 _ADDED: Final = ("revision", "file_hashes")
 
@@ -38,11 +39,17 @@ class Relay:
         reads: Whether this rank reads.
     """
 
-    def __init__(self, members: Sequence[int], reader: int) -> None:
-        self.reads = dist.get_rank() == reader
-        self._reader = reader
-        # A group of its own on the CPU, whatever carries the training's collectives; only its members make it.
-        self._group = dist.new_group(sorted(members), backend="gloo", use_local_synchronization=True)
+    def __init__(self, ranks: Ranks, members: Sequence[int]) -> None:
+        """Connect them.
+
+        Args:
+            ranks: All that load.
+            members: The places of those that read together, the one that reads first.
+        """
+        self.reads = ranks.index == members[0]
+        # On the CPU, whatever carries the training's collectives, and known to nobody else.
+        store = ranks.store(f"relay/{ranks.number}/{members[0]}")
+        self._group = dist.ProcessGroupGloo(store, members.index(ranks.index), len(members), timeout=ranks.patience)
         self._held: tuple[Checkpoint, str, Tensor] | None = None
 
     @contextlib.contextmanager
@@ -72,30 +79,31 @@ class Relay:
         info = checkpoint.info(key)
         if checkpoint.at_hand is not None:
             whole = checkpoint.at_hand.read(key).contiguous()
-            checkpoint.bytes_read = checkpoint.at_hand.bytes_read
+            checkpoint.bytes_read += info.nbytes
         else:
             whole = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         self._step(key)
         if whole.numel():
-            for piece in torch.split(whole.reshape(-1).view(torch.uint8), _PIECE):
-                dist.broadcast(piece, self._reader, group=self._group)
+            for piece in torch.split(whole.reshape(-1).view(torch.uint8), PIECE):
+                self._group.broadcast(piece, 0).wait()
         self._held = (checkpoint, key, whole)
         return whole
 
     def facts(self, own: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
         """What the rank that reads says of its checkpoints."""
-        box = [own]
-        dist.broadcast_object_list(box, self._reader, group=self._group)
-        assert box[0] is not None
-        return box[0]
-
-    def close(self) -> None:
-        dist.destroy_process_group(self._group)
+        packed = torch.frombuffer(bytearray(pickle.dumps(own)), dtype=torch.uint8)
+        length = torch.tensor([packed.numel()], device="cpu")
+        self._group.broadcast(length, 0).wait()
+        if not self.reads:
+            packed = torch.empty(int(length), dtype=torch.uint8, device="cpu")
+        self._group.broadcast(packed, 0).wait()
+        found: list[dict[str, Any]] = pickle.loads(packed.numpy().tobytes())  # from a rank of the same run
+        return found
 
     def _step(self, what: str, failed: bool = False) -> None:
         number = zlib.crc32(what.encode("utf-8", "surrogatepass"))
         words = torch.tensor([int(failed), number, -number], device="cpu")
-        dist.all_reduce(words, dist.ReduceOp.MAX, group=self._group)
+        self._group.allreduce(words, dist.ReduceOp.MAX).wait()
         if words[0]:
             raise StoppedError("another rank of this node has failed")
         if words[1] != -words[2]:
@@ -157,28 +165,22 @@ def relayed(
     if ranks is None or len(mine) == 1:
         yield [opener() for opener in openers]
         return
-    relay = Relay([ranks.members[i] for i in mine], ranks.members[mine[0]])
-    try:
-        found: list[Checkpoint] = []
-        with relay.in_step():
-            if relay.reads:
-                found = [_of_files(opener()) for opener in openers]
-        facts = relay.facts([_facts(each) for each in found] if relay.reads else None)
-        yield [RelayedCheckpoint(relay, fact, found[i] if found else None) for i, fact in enumerate(facts)]
-    finally:
-        relay.close()
+    relay = Relay(ranks, mine)
+    found: list[Checkpoint] = []
+    with relay.in_step():
+        if relay.reads:
+            found = [_of_files(opener()) for opener in openers]
+    facts = relay.facts([_facts(each) for each in found] if relay.reads else None)
+    yield [RelayedCheckpoint(relay, fact, found[i] if found else None) for i, fact in enumerate(facts)]
 
 
 @contextlib.contextmanager
 def shared_reading(plan: Plan[R], group: ProcessGroup | None) -> Iterator[Plan[R]]:
-    """The plan, reading through a relay; it may do so already.
+    """The plan of checkpoints that every rank has opened, read by one rank of each node.
 
     Raises:
         MappingError: As `relayed`.
     """
-    if any(isinstance(part.checkpoint, RelayedCheckpoint) for part in plan.parts):
-        yield plan
-        return
     openers = [functools.partial(_checkpoint, part) for part in plan.parts]
     with relayed(openers, False, group) as checkpoints:
         parts = zip(plan.parts, checkpoints, strict=True)
