@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import did_you_mean
 from warmstart.mapping.targets import Live, Target, Targets
 from warmstart.patterns import Patterns, PatternSet
-from warmstart.shards import local_of
+from warmstart.shards import is_sharded, local_of
 from warmstart.tensors import digest, sample
 
 Held = Literal["eval", "train"]
@@ -185,6 +186,16 @@ class Frozen:
             target.tensor.requires_grad_(False)
             target.tensor.grad = None
         self._deferred = []
+
+    def follow(self) -> None:
+        """Hold the sharded parameters that an engine put in place of the frozen ones, by the values that they have now."""
+        live = Live(self.model)
+        for name, target in list(self._targets.items()):
+            tensor = live.tensor(target)
+            if tensor is not None and tensor is not target.tensor and is_sharded(tensor):
+                self._targets[name] = dataclasses.replace(target, tensor=tensor)
+                self._fingerprints[name] = _Fingerprint.of(tensor)
+        self._deferred = [self._targets[target.name] for target in self._deferred]
 
     def seal(self) -> None:
         """The model is wrapped in what averages gradients over ranks, which never averages those of what is frozen now."""
