@@ -85,8 +85,8 @@ def _memory(weights: Any, key: str) -> Tensor:
     while isinstance(weights, PrefixedDataset):
         weights, key = weights.dataset, f"{weights.prefix}{key}"
     if not isinstance(weights, OffloadedWeightsLoader) or key in weights.state_dict:
-        found: Tensor = weights[key]
-        return found
+        tensor: Tensor = weights[key]
+        return tensor
     if weights.index[key].get("safetensors_file") is not None:
         if weights.save_folder is None:
             raise CheckpointError(

@@ -10,8 +10,11 @@ _LONG = 7  # letters from which one wrong letter does not make another word
 
 def spelled_alike(a: Collection[str], b: Collection[str]) -> bool:
     """Whether every word of each has exactly one other spelling in the other, and there are some."""
-    return bool(a) and len(a) == len(b) and all(sum(_alike(x, y) for y in b) == 1 for x in a) and all(
-        sum(_alike(x, y) for x in a) == 1 for y in b
+    return (
+        bool(a)
+        and len(a) == len(b)
+        and all(sum(_alike(x, y) for y in b) == 1 for x in a)
+        and all(sum(_alike(x, y) for x in a) == 1 for y in b)
     )
 
 
