@@ -44,7 +44,7 @@ def test_imports_point_down():
         "loading",
         "outcome",
         "layers",
-        "param_groups",
+        "optimizer_groups",
         "drift",
         "rendering",
         "report",

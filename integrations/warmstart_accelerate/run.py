@@ -72,7 +72,7 @@ class Run:
         started.await_forward(FirstForward(functools.partial(self._begin, started)))
 
     def _prepared(self, result: Any) -> None:
-        modules = [r for r in (result if isinstance(result, tuple) else (result,)) if isinstance(r, nn.Module)]
+        modules = [r for r in (result if isinstance(result, tuple | list) else (result,)) if isinstance(r, nn.Module)]
         optimizers = self._optimizers()
         for started in self._started:
             module = next((m for m in modules if shares(m, started.model)), None)

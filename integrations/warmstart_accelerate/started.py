@@ -115,8 +115,10 @@ class Started:
         self.module = module
         if self._first is not None:
             self._first.put_on(module)
-        if self.life.frozen is not None and any(isinstance(m, DistributedDataParallel) for m in module.modules()):
-            self.life.frozen.seal()
+        if self.life.frozen is not None:
+            self.life.frozen.follow()
+            if any(isinstance(m, DistributedDataParallel) for m in module.modules()):
+                self.life.frozen.seal()
 
     def count(self, optimizers: Sequence[Optimizer]) -> None:
         """Release by the steps of the first optimizer that trains the model."""

@@ -6,6 +6,7 @@ import datetime
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import loops
@@ -15,21 +16,32 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from warmstart_accelerate import warm_start
 
-case, folder = sys.argv[1], Path(sys.argv[2])
-wait = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=20))
-accelerator = Accelerator(cpu=True, kwargs_handlers=[wait])
-main = accelerator.is_main_process
-model = loops.Net() if case == "another model" and not main else loops.Smooth()
 
-if case == "killed" and main:
-    os.kill(os.getpid(), signal.SIGKILL)
-if case == "rank 0 only":
-    if main:
-        warm_start(accelerator, model, folder / "encoder.pt", into="encoder", freeze=True)
-else:
-    name = "nowhere.pt" if case == "no file" and not main else "encoder.pt"
-    warm_start(accelerator, model, folder / name, into="encoder", freeze=True)
-optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-model, optimizer = accelerator.prepare(model, optimizer)
-model(torch.randn(4, 4))
-accelerator.end_training()
+def run(case: str, folder: Path) -> None:
+    wait = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=20))
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[wait])
+    main = accelerator.is_main_process
+    model = loops.Net() if case == "another model" and not main else loops.Smooth()
+
+    if case == "killed" and main:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if case == "rank 0 only":
+        if main:
+            warm_start(accelerator, model, folder / "encoder.pt", into="encoder", freeze=True)
+    else:
+        name = "nowhere.pt" if case == "no file" and not main else "encoder.pt"
+        warm_start(accelerator, model, folder / name, into="encoder", freeze=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model(torch.randn(4, 4))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        run(sys.argv[1], Path(sys.argv[2]))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # gloo's threads can hold up an interpreter that ends by itself
+    os._exit(0)
