@@ -48,4 +48,4 @@ Path("net.py").write_text(
 )
 sys.path.insert(0, "")
 
-from net import Net  # noqa: E402, F401 - made just now, for the page
+from net import Net  # noqa: F401 - made just now, for the page
