@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,12 +80,13 @@ def _real(hook: AlignDevicesHook, name: str, placeholder: Tensor) -> Tensor:
     return known[name]
 
 
-def _memory(weights: Mapping[str, Tensor], key: str) -> Tensor:
+def _memory(weights: Any, key: str) -> Tensor:
     """The tensor that a map has under a key, over the map's own memory."""
     while isinstance(weights, PrefixedDataset):
         weights, key = weights.dataset, f"{weights.prefix}{key}"
     if not isinstance(weights, OffloadedWeightsLoader) or key in weights.state_dict:
-        return weights[key]
+        tensor: Tensor = weights[key]
+        return tensor
     if weights.index[key].get("safetensors_file") is not None:
         if weights.save_folder is None:
             raise CheckpointError(

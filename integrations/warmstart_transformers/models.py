@@ -47,9 +47,9 @@ def mark_loaded(model: nn.Module, report: Report) -> None:
         own = dict(itertools.chain(module.named_parameters(path, False), module.named_buffers(path, False)))
         for name, tensor in own.items():
             if name in loaded:
-                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+                tensor._is_hf_initialized = True
         if own and own.keys() <= loaded:  # what releases before 5 look at
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True
 
 
 def _into_base(part: Pretrained, number: int, draft: Plan[Report], prefix: str) -> Pretrained:

@@ -103,7 +103,7 @@ def shard_of(tensor: Tensor) -> Shard:
     Raises:
         MappingError: It is sharded in a way that does not say which elements a process holds.
     """
-    if _is_zero3(tensor):
+    if is_partition(tensor):
         return _partition(tensor)
     if _is_dtensor(tensor):
         return _dtensor_shard(tensor)
@@ -121,17 +121,17 @@ def local_of(tensor: Tensor) -> Tensor:
 
 def full_shape(tensor: Tensor) -> Shape:
     """The shape of the whole tensor, of which this process may hold a part or nothing."""
-    return tuple(tensor.ds_shape) if _is_zero3(tensor) else tuple(tensor.shape)  # type: ignore[attr-defined]
+    return tuple(tensor.ds_shape) if is_partition(tensor) else tuple(tensor.shape)  # type: ignore[attr-defined]
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether an engine spreads the tensor over processes, be it only as copies."""
-    return _is_zero3(tensor) or _is_dtensor(tensor)
+    return is_partition(tensor) or _is_dtensor(tensor)
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole tensor; of a sharded one a copy, for which every process of its group has to call this."""
-    if _is_zero3(tensor):
+    if is_partition(tensor):
         from deepspeed.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
@@ -206,7 +206,8 @@ def _fsdp_modules(model: nn.Module) -> list[nn.Module]:
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
 
 
-def _is_zero3(tensor: Tensor) -> bool:
+def is_partition(tensor: Tensor) -> bool:
+    """Whether it is a ZeRO-3 parameter."""
     return hasattr(tensor, "ds_id") and hasattr(tensor, "ds_shape")
 
 

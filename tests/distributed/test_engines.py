@@ -9,6 +9,7 @@ import cells
 import pytest
 import torch
 from cells import CASES, SOURCES, WORLD
+from stories import STORIES
 
 import warmstart
 from warmstart import Pretrained
@@ -51,3 +52,9 @@ def test_every_engine_holds_what_one_process_holds(engine, name, source, ranks, 
         frozen = [key for key in expected if name == "frozen" and key.startswith(("embed.", "blocks.0."))]
         parameters = {key for key, _ in cells.fresh(case).named_parameters()}
         assert set(facts["trains"]) == parameters - set(frozen)
+
+
+@pytest.mark.parametrize(("engine", "story"), [(e, s.__name__) for e, told in STORIES.items() for s in told])
+def test_story(engine, story, ranks):
+    for rank in ranks(engine):
+        assert "error" not in rank.facts[story], rank.facts[story]["error"]

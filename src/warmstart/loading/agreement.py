@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def raised_on_all(step: str = "warm start", group: ProcessGroup | None = None) -> Iterator[None]:
+def raised_on_all(step: str = "warm start", group: ProcessGroup | None = None, hint: str = "") -> Iterator[None]:
     """Raise on every rank what was raised on one, with the rank in the message; a plain block without process group.
 
     Every rank must enter and leave the block: its end is a meeting. A meeting inside it, or another such block, may be
@@ -29,7 +29,7 @@ def raised_on_all(step: str = "warm start", group: ProcessGroup | None = None) -
             `WarmStartError`, unless all ranks raised the same.
         TimingError: A rank did not come.
     """
-    with failing_on_all(step, group):
+    with failing_on_all(step, group, hint):
         yield
         ranks = Ranks.of(group)
         if ranks is not None:
@@ -37,7 +37,7 @@ def raised_on_all(step: str = "warm start", group: ProcessGroup | None = None) -
 
 
 @contextlib.contextmanager
-def failing_on_all(step: str, group: ProcessGroup | None = None) -> Iterator[None]:
+def failing_on_all(step: str, group: ProcessGroup | None = None, hint: str = "") -> Iterator[None]:
     """As `raised_on_all`, but without a meeting at the end: the block has one in it that an error here takes the place of."""
     ranks = Ranks.of(group)
     if ranks is None:
@@ -49,7 +49,7 @@ def failing_on_all(step: str, group: ProcessGroup | None = None) -> Iterator[Non
     except Exception as error:
         if is_shared(error):
             raise
-        ranks.meet(step, own=error)
+        ranks.meet(step, own=error, hint=hint)
         raise  # not reached: a meeting with an error raises
 
 
@@ -105,13 +105,13 @@ def raised_unless_alike(error: CheckpointError | None, step: str, group: Process
 def _compared(words: list[dict[str, str]]) -> dict[str, Any] | None:
     """The first section that differs, the ranks that have what most have (or the first has), and those that do not."""
     for section in SECTIONS:
-        values = [word[section] for word in words]
-        (usual, _), *others = Counter(values).most_common()
+        values = {place: word[section] for place, word in enumerate(words) if section in word}
+        (usual, _), *others = Counter(values.values()).most_common()
         if others:
             return {
                 "section": section,
-                "usual": [i for i, value in enumerate(values) if value == usual],
-                "odd": [i for i, value in enumerate(values) if value != usual],
+                "usual": [i for i, value in values.items() if value == usual],
+                "odd": [i for i, value in values.items() if value != usual],
             }
     return None
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch.distributed as dist
 
 from warmstart import errors
-from warmstart.errors import MappingError, TimingError, WarmStartError
+from warmstart.errors import CheckpointError, MappingError, TimingError, WarmStartError
 
 TIMEOUT_VARIABLE: Final = "WARMSTART_TIMEOUT"
 TIMEOUT_SECONDS: Final = 600.0
@@ -29,6 +29,11 @@ _SHARED: Final = "_raised_on_all_ranks"
 # How often the ranks of a group have met. A store may outlive a process group, so the count is kept by the group's name.
 _meetings: dict[str, int] = {}
 _enrolled: set[tuple[str, int]] = set()
+
+
+class StoppedError(WarmStartError):
+    """Another rank has failed, and says itself how."""
+
 
 Decide = Callable[[list[Any]], Any]
 
@@ -79,7 +84,9 @@ class Ranks:
         with _store_at_hand():
             self._store.set(f"{self.number}/coming/{self.index}", "")
 
-    def meet(self, step: str, word: Any = None, decide: Decide | None = None, own: Exception | None = None) -> Any:
+    def meet(
+        self, step: str, word: Any = None, decide: Decide | None = None, own: Exception | None = None, hint: str = ""
+    ) -> Any:
         """Wait until every rank has come, and return the answer that all of them get.
 
         Args:
@@ -87,6 +94,7 @@ class Ranks:
             word: What this rank has to say, as plain JSON types.
             decide: Makes the answer of all words, in the group's order; may raise. Called on one rank only.
             own: What went wrong on this rank: then all ranks raise it.
+            hint: What can be done about a checkpoint that only some ranks cannot read.
 
         Raises:
             WarmStartError: What went wrong on some rank, of the type it has there; or a rank has ended.
@@ -94,7 +102,7 @@ class Ranks:
         """
         number = self.number
         _meetings[self._name] = number + 1
-        said = {"step": step, "word": word, "error": None if own is None else _portable(own)}
+        said = {"step": step, "word": word, "error": None if own is None else _portable(own, hint)}
         with _store_at_hand():
             self._enrol()
             self._store.set(f"{number}/{self.index}", json.dumps(said))
@@ -128,18 +136,20 @@ class Ranks:
 
     def _raise_failures(self, failures: list[dict[str, Any] | None]) -> None:
         where: dict[str, list[int]] = {}
+        found = [failure for failure in failures if failure is not None]
+        first = next((failure for failure in found if not failure["follows"]), found[0] if found else None)
         for place, failure in enumerate(failures):
-            if failure is not None:
+            if failure is not None and (first is None or failure["follows"] == first["follows"]):
                 where.setdefault(failure["message"], []).append(place)
-        if not where:
+        if first is None:
             return
-        first = next(failure for failure in failures if failure is not None)
         message = first["message"]
         if len(where[message]) < len(failures):
             world = dist.get_world_size()
             message = "\n".join(
                 f"on {self.named(places)} of {world}: {text}" for text, places in list(where.items())[:3]
             )
+            message += f"\n  -> {first['hint']}" if first["hint"] else ""
         raise _made({**first, "message": message})
 
     def _raise_disorder(self, steps: list[str]) -> None:
@@ -287,12 +297,16 @@ def _store_at_hand() -> Iterator[None]:
         ) from error
 
 
-def _portable(error: Exception) -> dict[str, Any]:
+def _portable(error: Exception, hint: str = "") -> dict[str, Any]:
     """What another process can be told of an error: no plan and no model."""
-    if not isinstance(error, WarmStartError):
-        return {"type": "WarmStartError", "message": f"{type(error).__name__}: {error}", "facts": {}}
-    facts = {k: list(v) for k, v in vars(error).items() if k in ("tensors", "written")}
-    return {"type": type(error).__name__, "message": str(error), "facts": facts}
+    ours = isinstance(error, WarmStartError)
+    return {
+        "type": type(error).__name__ if ours else "WarmStartError",
+        "message": str(error) if ours else f"{type(error).__name__}: {error}",
+        "facts": {k: list(v) for k, v in vars(error).items() if k in ("tensors", "written")} if ours else {},
+        "follows": isinstance(error, StoppedError) or isinstance(error.__cause__, StoppedError),
+        "hint": hint if isinstance(error, CheckpointError) else "",
+    }
 
 
 def _made(said: dict[str, Any]) -> WarmStartError:

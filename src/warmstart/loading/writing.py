@@ -15,6 +15,7 @@ from warmstart.loading.agreement import raised_on_all
 from warmstart.loading.inert import inert_adapters
 from warmstart.loading.materialising import materialise, needs_memory
 from warmstart.loading.preflight import preflight
+from warmstart.loading.relaying import in_step
 from warmstart.loading.values import Digests, Values, loaded_here, written
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
@@ -55,7 +56,7 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
     started = time.perf_counter()
     before = sum(part.checkpoint.bytes_read for part in plan.parts)
     values = Values(plan)
-    with raised_on_all("preflight", group):
+    with raised_on_all("preflight", group), in_step(plan):
         values.secure()
         preflight(plan, values)
     result = Written(verify)
@@ -63,9 +64,9 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
     begun = False
     reshard(plan.model)
     try:
-        if begun := needs_memory(plan):
-            result.notes += materialise(plan)
-        with torch.no_grad():
+        with in_step(plan), torch.no_grad():
+            if begun := needs_memory(plan):
+                result.notes += materialise(plan)
             for assignment in written(plan):
                 target = plan.targets.entries[assignment.target]
                 shard = shard_of(target.tensor)
@@ -73,10 +74,10 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
                 others = plan.targets.groups.get(target.canonical, [])
                 _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
                 done.append(assignment.target)
-                if assignment.fill is None and not plan.parts[assignment.part].checkpoint.files:
+                if assignment.fill is None and not plan.parts[assignment.part].checkpoint.lasting:
                     mask = loaded_here(assignment, shard) if assignment.keeps else None
                     result.digests.keep(assignment.target, value, mask)
-        result.notes += verify_written(plan, values, verify)
+            result.notes += verify_written(plan, values, verify)
     except VerificationError as error:
         error.report = result
         raise

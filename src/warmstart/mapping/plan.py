@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Verify = Literal["full", "sample", "off"]
+Read = Literal["local", "broadcast"]
 R = TypeVar("R", default=Any)
 
 
@@ -59,7 +60,7 @@ class Plan(Buckets, Generic[R]):
         """The (strip, add) pair that was inferred; of a plan with one part."""
         return self.parts[0].prefix if len(self.parts) == 1 else None
 
-    def apply(self, *, verify: Verify = "full", group: ProcessGroup | None = None) -> R:
+    def apply(self, *, verify: Verify = "full", read: Read = "local", group: ProcessGroup | None = None) -> R:
         """Write the plan into the model it was made for, verify it, and freeze what is to be frozen.
 
         In a run of several processes every rank of `group` calls this. They compare their plans first, and what one of
@@ -69,6 +70,8 @@ class Plan(Buckets, Generic[R]):
         Args:
             verify: `"full"` compares every element with the source after writing, `"sample"` a fixed sample of each
                 tensor, `"off"` nothing.
+            read: `"local"`: every rank reads what it holds of the model. `"broadcast"`: one rank of each node reads, and
+                passes every tensor on to the others of its node.
             group: The process group whose ranks must agree; None: all ranks. Give each pipeline stage its own, since
                 their models differ.
 
@@ -79,7 +82,7 @@ class Plan(Buckets, Generic[R]):
             VerificationError: The model does not hold what was written.
             TimingError: A rank did not come within `WARMSTART_TIMEOUT` seconds (600).
         """
-        return self.applier(self, verify=verify, group=group)
+        return self.applier(self, verify=verify, read=read, group=group)
 
     def raise_errors(self) -> None:
         """Raise every error of the plan at once.

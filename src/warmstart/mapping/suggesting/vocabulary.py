@@ -54,9 +54,9 @@ SYNONYMS = (
         "transformers DeepSeek-V3; Megatron; dots",
     ),
     Synonym(
-        ("layer scale", "ls", "layerscale", "layer scale parameter"),
+        ("layer scale", "ls", "layerscale", "layer scale parameter", "lambda", "gamma"),
         "the gain of a branch",
-        "timm; DINOv2 and its transformers port; ConvNeXt",
+        "timm; DINOv2 and its transformers port; BEiT; ConvNeXt",
     ),
     Synonym(("register", "storage"), "tokens beside the patches", "DINOv2 and its transformers port; DINOv3"),
     Synonym(
