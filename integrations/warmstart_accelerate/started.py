@@ -116,7 +116,7 @@ class Started:
         if self._first is not None:
             self._first.put_on(module)
         if self.life.frozen is not None:
-            self.life.frozen.follow()
+            self.life.frozen.follow(resumed=False)
             if any(isinstance(m, DistributedDataParallel) for m in module.modules()):
                 self.life.frozen.seal()
 

@@ -203,16 +203,6 @@ class Frozen:
             target.tensor.grad = None
         self._deferred = []
 
-    def follow(self) -> None:
-        """Hold the sharded parameters that an engine put in place of the frozen ones, by the values that they have now."""
-        live = Live(self.model)
-        for name, target in list(self._targets.items()):
-            tensor = live.tensor(target)
-            if tensor is not None and tensor is not target.tensor and is_sharded(tensor):
-                self._targets[name] = dataclasses.replace(target, tensor=tensor)
-                self._fingerprints[name] = _Fingerprint.of(tensor)
-        self._deferred = [self._targets[target.name] for target in self._deferred]
-
     def seal(self) -> None:
         """The model is wrapped in what averages gradients over ranks, which never averages those of what is frozen now."""
         self._sealed = frozenset(name for name, target in self._targets.items() if not target.tensor.requires_grad)

@@ -33,6 +33,7 @@ def name(page: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # each `warmstart` in it is a process that imports torch
 @pytest.mark.parametrize("page", [page for page in snippets.PAGES if snippets.snippets(page)], ids=name)
 def test_the_snippets_of_a_page_run_in_order(page, tmp_path):
     for module in NEEDS.get(page.name, ()):

@@ -40,21 +40,21 @@ def config(path: str, options: Collection[str]) -> str:
         return path  # the parser says what is wrong
     given = _arguments(file)
     if not isinstance(given, Mapping) or "pretrained" not in given:
-        return path if given is file else str(yaml.safe_dump(given))
+        return path if given is file else _dumped(given)
     rest = {name: value for name, value in given.items() if name in options or name not in OF_HOSTS}
     sources = rest.pop("pretrained")
     if isinstance(sources, str):
-        return str(yaml.safe_dump({"source": sources} | rest))
+        return _dumped({"source": sources} | rest)
     if beside := sorted(set(rest).intersection(_FIELDS)):
         raise UsageError(
             f"{path}: {', '.join(beside)} beside sources that have fields of their own; give it to each of them"
         )
     several = sources if isinstance(sources, list) else [sources]
     if len(several) == 1:
-        return str(yaml.safe_dump(_fields(several[0]) | rest))
+        return _dumped(_fields(several[0]) | rest)
     if "pretrained" not in options:
         raise UsageError(f"{path}: names {len(several)} sources, and this command takes one; plan takes several")
-    return str(yaml.safe_dump(rest | {"source": SEVERAL, "pretrained": [_fields(each) for each in several]}))
+    return _dumped(rest | {"source": SEVERAL, "pretrained": [_fields(each) for each in several]})
 
 
 def part(value: Any, where: str) -> Pretrained:
@@ -83,6 +83,11 @@ def _fields(source: Any) -> dict[str, Any]:
             f"pretrained: {source!r} should be a file, or a mapping such as {{source: FILE, into: encoder}}"
         )
     return dict(source)
+
+
+def _dumped(value: Any) -> str:
+    text: str = yaml.safe_dump(value)
+    return text
 
 
 def _arguments(value: Any) -> Any:

@@ -363,6 +363,7 @@ class Lifecycle:
             else:
                 raise_differences(structure(self.report.plan, model), "when training starts again")
             audit(self.report.plan, model, optimizers)
+            self.report.plan.targets.follow(model)
 
     def look(self, model: nn.Module, *, resumed: bool) -> None:
         """Compare the values for a stage that does not train.

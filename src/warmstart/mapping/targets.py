@@ -130,6 +130,14 @@ class Targets:
         segments, without_peft = WRAPPER_SEGMENTS - own, cleaner(self.peft_prefixes, own)
         return lambda key: without_peft(without_wrappers(key, segments))
 
+    def follow(self, model: nn.Module) -> None:
+        """Let go of the whole tensors that an engine has put shards in the place of, so that their memory is free."""
+        live = Live(model)
+        for name, target in self.entries.items():
+            tensor = live.tensor(target)
+            if tensor is not None and tensor is not target.tensor and is_sharded(tensor):
+                self.entries[name] = replace(target, tensor=tensor)
+
 
 class Live:
     """What a model holds now, to find again what it held when its targets were taken: by identity, never by name.
