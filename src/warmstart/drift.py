@@ -47,7 +47,7 @@ class Drift:
             if target.kind != "parameter" or tensor is None or not tensor.is_floating_point() or assignment.keeps:
                 continue
             if outcome.status != "applied":
-                if not outcome.plan.parts[assignment.part].checkpoint.files:
+                if not outcome.plan.parts[assignment.part].checkpoint.lasting:
                     continue  # what came from memory may have trained by now
                 with contextlib.suppress(CheckpointError):
                     found.append(_Reference(target, sample(values.planned(assignment, shard_of(tensor))).clone()))

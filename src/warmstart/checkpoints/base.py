@@ -108,6 +108,16 @@ class Checkpoint(ABC):
     def _read(self, key: str, index: Index | None) -> Tensor:
         """One tensor, or a slice of it, on the CPU. May share memory with the source: callers do not write to it."""
 
+    @property
+    def at_hand(self) -> Checkpoint | None:
+        """Where this process reads from; None where another process reads for it."""
+        return self
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it can be read again later: what was in memory may have trained by then, or be gone."""
+        return bool(self.files)
+
     def keys(self) -> tuple[str, ...]:
         return tuple(self._infos)
 

@@ -22,7 +22,7 @@ from warmstart.lifecycle.overlap import refuse_overlap
 from warmstart.lifecycle.past import Past, known, remember
 from warmstart.lifecycle.restoring import RestoreWatch
 from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
-from warmstart.loading.agreement import raised_on_all
+from warmstart.loading.agreement import raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
 from warmstart.mapping.grouping import listed
 from warmstart.mapping.lock import frozen_names
@@ -130,7 +130,7 @@ class Lifecycle:
             WarmStartError: As `apply`.
             CheckpointError: The source is gone, and what to freeze is not known without it.
         """
-        with raised_on_all():
+        with raised_on_all("set up"):
             past = self._known(model)
             if past is not None:
                 self._take_up(model, past)
@@ -139,17 +139,14 @@ class Lifecycle:
 
     def _announce(self, model: nn.Module, beside: Sequence[Lifecycle]) -> None:
         self._reset()
-        try:
-            plan = self.plan(model)
-        except CheckpointError as error:
-            if not any(is_gone(part.source) for part in self.parts):
-                raise
+        plan = self._plan_if_there(model)
+        if plan is None:
             targets, names = Targets.of(model), set(self._frozen_names(model))
             if not names and not self.knows_what_to_freeze:
                 raise CheckpointError(
-                    f"{error}\nThe optimizer of a sharded model is made before a resumed checkpoint is read, so what to "
-                    'freeze must be known without the source: freeze=["encoder"], or lock='
-                ) from error
+                    f"{self._gone}\nThe optimizer of a sharded model is made before a resumed checkpoint is read, so what "
+                    'to freeze must be known without the source: freeze=["encoder"], or lock='
+                )
         else:
             plan.raise_errors()
             for other in beside:
@@ -184,7 +181,7 @@ class Lifecycle:
             TimingError: An optimizer holds a parameter already that is to be frozen.
         """
         self._unwatch()
-        with raised_on_all():
+        with raised_on_all("set up"):
             self._apply(model, beside, optimizers, manifest or {})
         self.watch(model, manifest)
 
@@ -202,12 +199,8 @@ class Lifecycle:
                 refuse_overlap(self.report.plan, [other.report for other in beside])
             return
         self._reset()
-        try:
-            plan = self.plan(model)
-        except CheckpointError as error:
-            if not any(is_gone(part.source) for part in self.parts):
-                raise
-            self._gone = error
+        plan = self._plan_if_there(model)
+        if plan is None:
             if names := self._frozen_names(model):
                 self._freeze.take(freeze_entries(model, names, Targets.of(model), self.held))
             if self.frozen is None:
@@ -224,6 +217,18 @@ class Lifecycle:
         if self.frozen is not None:
             self.frozen.trained |= self._early
         self._model = weakref.ref(model)
+
+    def _plan_if_there(self, model: nn.Module) -> Plan[Report] | None:
+        """The plan; None where a source is gone, on all ranks."""
+        plan: Plan[Report] | None = None
+        try:
+            plan = self.plan(model)
+        except CheckpointError as error:
+            if not any(is_gone(part.source) for part in self.parts):
+                raise
+            self._gone = error
+        raised_unless_alike(self._gone, "set up: its source")
+        return plan
 
     def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
         """Notice, until training starts, what a load of the whole model's state dict matches; `apply` does this too."""
@@ -284,7 +289,7 @@ class Lifecycle:
         """
         if not self.loaded(model):
             return
-        with raised_on_all():
+        with raised_on_all("resume"):
             if state is not None:
                 self._resume(model, state)
 
@@ -330,7 +335,7 @@ class Lifecycle:
             VerificationError: The model does not hold what was loaded, and no restore explains it.
             FrozenChangedError: A frozen tensor is trainable again or has moved.
         """
-        with raised_on_all():
+        with raised_on_all("start of training"):
             self._start(model, resumed, optimizers)
             self._freeze.start(resumed=resumed, progress=progress, bears_unused=bears_unused)
         first = not self._trained
@@ -366,7 +371,7 @@ class Lifecycle:
         Raises:
             WarmStartError: As `start`.
         """
-        with raised_on_all():
+        with raised_on_all("look before a stage"):
             self._start(model, resumed, None)
 
     def enforce(self) -> None:
@@ -431,7 +436,7 @@ class Lifecycle:
             VerificationError: A loaded parameter was written to since training started.
             FrozenChangedError: A frozen tensor moved.
         """
-        with raised_on_all():
+        with raised_on_all("first training batch"):
             if self.report is not None and self.report.status == "applied":
                 wrong = self.report.differences(model, self.verify, buffers=False)
                 if wrong:
@@ -446,7 +451,7 @@ class Lifecycle:
         Raises:
             FrozenChangedError: A frozen tensor moved.
         """
-        with raised_on_all():
+        with raised_on_all("check of what is frozen"):
             self._freeze.check(sampled=not full)
 
     def state(self) -> dict[str, Any]:

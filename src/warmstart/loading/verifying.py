@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from warmstart.errors import CheckpointError, VerificationError
+from warmstart.loading.masters import is_stale
 from warmstart.loading.values import Digests, Values, as_planned, together, written
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan, Verify
@@ -111,6 +112,10 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
             same = _same(shard.local, expected, verify)
         if not same:
             out.append(Difference(name, "has other values"))
+        elif is_stale(tensor):
+            out.append(
+                Difference(name, "is right, but the optimizer's fp32 copy of it is not, and its next step writes that")
+            )
     return out
 
 

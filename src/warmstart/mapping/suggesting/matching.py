@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from warmstart.mapping.derivations import Shape
-from warmstart.mapping.suggesting.templates import Path, Place, Template, numbered
+from warmstart.mapping.suggesting.items import Item
+from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 Bag = tuple[str, ...]
@@ -46,11 +47,15 @@ class Side:
     words: Counter[str] = field(default_factory=Counter)
     tails: dict[Template, list[Bag]] = field(default_factory=dict)
     families: dict[tuple[Path, str], set[int]] = field(default_factory=lambda: defaultdict(set))
+    saying: dict[str, list[Template]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         for template in self.templates:
             self.segments.update(template.path)
-            self.words.update(word for segment in template.path for word in self.lexicon.content(segment))
+            words = [word for segment in template.path for word in self.lexicon.content(segment)]
+            self.words.update(words)
+            for word in dict.fromkeys(words):
+                self.saying[word].append(template)
             for depth, segment in enumerate(template.path):
                 stem, number = numbered(segment)
                 if number is not None:
@@ -58,6 +63,15 @@ class Side:
             self.paths.update(template.path[:i] for i in range(len(template.path) + 1))
             self.tails[template] = list(_tails(template.path, self.lexicon))
         self.parents.update(path[-1] for path in self.paths if path)
+
+    def says(self, place: Path, word: str, item: Item) -> bool:
+        """Whether another tensor below a place says a word, in the same items of lists as one does."""
+        lists = len(index_positions(place))
+        there = {indices[:lists] for t in item.tensors.values() for indices in t.names}
+        return any(
+            t.path[: len(place)] == place and any(indices[:lists] in there for indices in t.names)
+            for t in self.saying.get(word, ())
+        )
 
 
 def _tails(path: Path, lexicon: Lexicon) -> Iterator[Bag]:
