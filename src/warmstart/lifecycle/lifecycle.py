@@ -376,8 +376,7 @@ class Lifecycle:
 
     def enforce(self) -> None:
         """Freeze what the schedule releases later; the optimizer and the wrapper are there by now."""
-        if self.frozen is not None:
-            self.frozen.enforce()
+        self._freeze.enforce()
 
     def measure_drift(self, model: nn.Module) -> None:
         """Remember, after `start`, what the loaded layers start from."""
