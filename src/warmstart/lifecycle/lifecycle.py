@@ -139,17 +139,14 @@ class Lifecycle:
 
     def _announce(self, model: nn.Module, beside: Sequence[Lifecycle]) -> None:
         self._reset()
-        try:
-            plan = self.plan(model)
-        except CheckpointError as error:
-            if not any(is_gone(part.source) for part in self.parts):
-                raise
+        plan = self._plan_if_there(model)
+        if plan is None:
             targets, names = Targets.of(model), set(self._frozen_names(model))
             if not names and not self.knows_what_to_freeze:
                 raise CheckpointError(
-                    f"{error}\nThe optimizer of a sharded model is made before a resumed checkpoint is read, so what to "
-                    'freeze must be known without the source: freeze=["encoder"], or lock='
-                ) from error
+                    f"{self._gone}\nThe optimizer of a sharded model is made before a resumed checkpoint is read, so what "
+                    'to freeze must be known without the source: freeze=["encoder"], or lock='
+                )
         else:
             plan.raise_errors()
             for other in beside:
@@ -202,14 +199,7 @@ class Lifecycle:
                 refuse_overlap(self.report.plan, [other.report for other in beside])
             return
         self._reset()
-        plan: Plan[Report] | None = None
-        try:
-            plan = self.plan(model)
-        except CheckpointError as error:
-            if not any(is_gone(part.source) for part in self.parts):
-                raise
-            self._gone = error
-        raised_unless_alike(self._gone, "set up: its source")
+        plan = self._plan_if_there(model)
         if plan is None:
             if names := self._frozen_names(model):
                 self._freeze.take(freeze_entries(model, names, Targets.of(model), self.held))
@@ -227,6 +217,18 @@ class Lifecycle:
         if self.frozen is not None:
             self.frozen.trained |= self._early
         self._model = weakref.ref(model)
+
+    def _plan_if_there(self, model: nn.Module) -> Plan[Report] | None:
+        """The plan; None where a source is gone, on all ranks."""
+        plan: Plan[Report] | None = None
+        try:
+            plan = self.plan(model)
+        except CheckpointError as error:
+            if not any(is_gone(part.source) for part in self.parts):
+                raise
+            self._gone = error
+        raised_unless_alike(self._gone, "set up: its source")
+        return plan
 
     def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
         """Notice, until training starts, what a load of the whole model's state dict matches; `apply` does this too."""
@@ -376,8 +378,7 @@ class Lifecycle:
 
     def enforce(self) -> None:
         """Freeze what the schedule releases later; the optimizer and the wrapper are there by now."""
-        if self.frozen is not None:
-            self.frozen.enforce()
+        self._freeze.enforce()
 
     def measure_drift(self, model: nn.Module) -> None:
         """Remember, after `start`, what the loaded layers start from."""
