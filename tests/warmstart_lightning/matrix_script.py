@@ -205,7 +205,7 @@ if __name__ == "__main__":
     places = ("configure_model",) if STRATEGY == "tp" else ("init", "setup", "configure_model")
     import faulthandler
 
-    faulthandler.dump_traceback_later(280, exit=True)
+    faulthandler.dump_traceback_later(140, exit=True)
     results: dict[str, Any] = {place: cells(place) for place in places}
     results |= {"frozen": frozen(), "staged": staged(), "refused": refused()}
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
