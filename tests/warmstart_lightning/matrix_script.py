@@ -184,8 +184,11 @@ def staged() -> dict[str, Any]:
     for name, options in (("whole", {}), ("1", {"ckpt_path": FOLDER / "whole" / "epoch=0.ckpt"}),
                           ("2", {"ckpt_path": FOLDER / "whole" / "epoch=1.ckpt"})):  # fmt: skip
         warm, look = warm_start(freeze=True, unfreeze=schedule), Look()
-        trainer(name, warm, look, 3, unused=True).fit(new("configure_model"), data(), **options)
-        found[name] = look.seen
+        try:
+            trainer(name, warm, look, 3, unused=True).fit(new("configure_model"), data(), **options)
+            found[name] = look.seen
+        except WarmStartError as error:
+            found[name] = f"{type(error).__name__}: {error}"
     return found
 
 
