@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
         "warmstart_lightning needs Lightning. Install it with: pip install 'warmstart[lightning]'", name=error.name
     ) from error
 
-from warmstart import MappingError, Pretrained, PretrainedFields, Report
+from warmstart import MappingError, Pretrained, PretrainedFields, Report, TimingError
 from warmstart.api import Sources
 from warmstart.freezing import Frozen, Held
 from warmstart.lifecycle import Lifecycle, OnFreezeChange, UnfreezeUnit
@@ -167,6 +167,12 @@ class WarmStart(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is not None and trainer.state.fn == "fit":
+            if self._moment == "on_fit_start" and set(state.get("released", ())) & set(state.get("staged", ())):
+                raise TimingError(
+                    f"{type(trainer.strategy).__name__} has read the optimizer's state by now, without that of what unfreeze= "
+                    "had released in the run that is resumed: it would not go on as it was. Resume from a checkpoint before "
+                    "the first release, or start anew from this one: WarmStart(checkpoint)"
+                )
             self._life.resume(pl_module, state)
 
     @override

@@ -32,7 +32,6 @@ class Holding:
         self._schedule, self._held, self._on_change = schedule, held, on_change
         self._released: tuple[str, ...] = ()
         self._progress = -1
-        self._enforced = False
 
     def take(self, frozen: Frozen | None) -> None:
         """Hold what was frozen just now. What the schedule will release goes into the optimizer and the wrapper first."""
@@ -56,7 +55,6 @@ class Holding:
 
     def stage(self) -> None:
         """Let what the schedule will release train until `start`."""
-        self._enforced = False
         if self.frozen is not None and self._schedule.stages:
             deferred = self.frozen.defer(optional(self._schedule.patterns))
             self.staged = tuple(sorted({*self.staged, *deferred}))
@@ -81,8 +79,6 @@ class Holding:
         if self._on_change == "error":
             self._now.refuse_other(Freeze.read(state))
         self._released = tuple(state.get("released", ()))
-        if self._enforced:  # the optimizer is there, and takes state for what trains alone
-            self._release_again()
 
     def start(self, *, resumed: bool, progress: int, bears_unused: bool) -> None:
         """Freeze what training is to find frozen, and release what the run has released already.
@@ -94,9 +90,10 @@ class Holding:
         if self.frozen is None:
             return
         self.frozen.follow(resumed=resumed)
-        self.enforce()
-        # Not before the optimizer is made: it was made without them, and its state was restored so.
-        self._release_again()
+        self.frozen.enforce()
+        # Not before: the optimizer was made without them, and its state was restored so.
+        if names := [glob.escape(name) for name in self._released if name in self.frozen.names]:
+            self.frozen.release(names)
         self.advance(progress)
         later = [name for name in self.staged if name in self.frozen.trained.intersection(self.frozen.names)]
         if later and not bears_unused:
@@ -107,18 +104,6 @@ class Holding:
         # A host may have cast the model since; a restore has put other values there.
         self.frozen.rebase(all_values=resumed)
         self.frozen.check(sampled=True)
-
-    def enforce(self) -> None:
-        """Freeze what the schedule releases later; the optimizer and the wrapper are there by now."""
-        self._enforced = True
-        if self.frozen is not None:
-            self.frozen.enforce()
-
-    def _release_again(self) -> None:
-        if self.frozen is None:
-            return
-        if names := [glob.escape(name) for name in self._released if name in self.frozen.names]:
-            self.frozen.release(names)
 
     def advance(self, progress: int) -> tuple[str, ...]:
         """Release what the schedule releases after `progress` units of training.

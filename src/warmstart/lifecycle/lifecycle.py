@@ -378,7 +378,8 @@ class Lifecycle:
 
     def enforce(self) -> None:
         """Freeze what the schedule releases later; the optimizer and the wrapper are there by now."""
-        self._freeze.enforce()
+        if self.frozen is not None:
+            self.frozen.enforce()
 
     def measure_drift(self, model: nn.Module) -> None:
         """Remember, after `start`, what the loaded layers start from."""
