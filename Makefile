@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-check clean
 
 demo: $(READY)
 	$(BIN)/python examples/lightning_image_finetune.py
@@ -14,6 +14,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Two of the peers are optional; without them the others are measured.
+bench: $(READY)
+	-$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt fastsafetensors runai-model-streamer
+	$(BIN)/python benchmarks/loading.py --write
+
+bench-check: $(READY)
+	$(BIN)/python benchmarks/loading.py --quick --check
 
 clean:
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs lightning_logs

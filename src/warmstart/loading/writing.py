@@ -12,6 +12,7 @@ from torch import Tensor
 from warmstart.errors import CheckpointError, MappingError, VerificationError
 from warmstart.loading.inert import inert_adapters
 from warmstart.loading.materialising import materialise, needs_memory
+from warmstart.loading.moving import Mover, is_plain
 from warmstart.loading.preflight import preflight
 from warmstart.loading.values import Digests, Values, loaded_here, written
 from warmstart.loading.verifying import verify_written
@@ -56,23 +57,28 @@ def write(plan: Plan, verify: Verify) -> Written:
     values.secure()
     preflight(plan, values)
     result = Written(verify)
-    done: list[str] = []
+    mover = Mover(copy=True, compare=verify == "full")
+    done = mover.done
     begun = False
     try:
         if begun := needs_memory(plan):
             result.notes += materialise(plan)
-        with torch.no_grad():
+        with torch.no_grad(), mover:
             for assignment in written(plan):
                 target = plan.targets.entries[assignment.target]
                 shard = shard_of(target.tensor)
                 value = values.planned(assignment, shard)
                 others = plan.targets.groups.get(target.canonical, [])
+                file = values.mapped(assignment, shard)
+                if file is not None and not others and is_plain(shard.local, value):
+                    mover.add(assignment.target, shard.local, value, file)
+                    continue
                 _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
                 done.append(assignment.target)
                 if assignment.fill is None and not plan.parts[assignment.part].checkpoint.files:
                     mask = loaded_here(assignment, shard) if assignment.keeps else None
                     result.digests.keep(assignment.target, value, mask)
-        result.notes += verify_written(plan, values, verify)
+        result.notes += verify_written(plan, values, verify, mover)
     except VerificationError as error:
         error.report = result
         raise
