@@ -102,7 +102,7 @@ def test_a_write_that_went_wrong_is_found_right_after_it(tmp_path, monkeypatch):
 
 
 def test_a_file_that_shrinks_is_an_error_that_names_what_was_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(moving, "_BATCH", 1)
+    monkeypatch.setattr(moving, "_BATCH", 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     state = {"a": torch.ones(4), "b": torch.ones(4)}
     path = tmp_path / "w.safetensors"

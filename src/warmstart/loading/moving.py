@@ -105,10 +105,10 @@ class Mover:
     def _move(self, piece: _Piece) -> None:
         to, source = wide_words(piece.to, piece.source)
         if not self._compare:
-            for a, b in zip(to.split(_CHUNK), source.split(_CHUNK), strict=True):
+            for a, b in zip(torch.split(to, _CHUNK), torch.split(source, _CHUNK), strict=True):
                 a.copy_(b)
             return
-        for a, b in zip(to.split(_CHUNK), source.split(_CHUNK), strict=True):
+        for a, b in zip(torch.split(to, _CHUNK), torch.split(source, _CHUNK), strict=True):
             if self._copy:
                 a.copy_(b)
             if not torch.equal(a, b):
@@ -126,7 +126,7 @@ def _surely_finite(tensor: Tensor) -> bool:
 
 def _pieces(name: str, tensor: Tensor, value: Tensor, file: MappedFile) -> Iterator[_Piece]:
     step = _BATCH // tensor.element_size()
-    for to, source in zip(tensor.view(-1).split(step), value.view(-1).split(step), strict=True):
+    for to, source in zip(torch.split(tensor.view(-1), step), torch.split(value.view(-1), step), strict=True):
         yield _Piece(name, to, source, file)
 
 
