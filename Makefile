@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint bench bench-check clean
+.PHONY: demo test lint docs bench bench-check clean
 
 demo: $(READY)
 	$(BIN)/python examples/lightning_image_finetune.py
@@ -14,6 +14,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo build/site/index.html
 
 # Two of the peers are optional; without them the others are measured.
 bench: $(READY)

@@ -62,10 +62,7 @@ class Run:
             if other.life.same_as(started.life) and other.model is started.model:
                 other.load([s.life for s in others if s is not other], None)
                 return other.report
-            if other.key == started.key:
-                raise MappingError(
-                    f"two warm starts of one accelerator are both {started.key} in what it saves; tell them apart: name="
-                )
+        _refuse_same_key(started, (s for s in self._started if s.module is not None))
         started.load([s.life for s in others], self._newest(started.key))
         self._started.append(started)
         self._await(started)
@@ -80,6 +77,7 @@ class Run:
         for started in self._started:
             module = next((m for m in modules if shares(m, started.model)), None)
             if module is not None and module is not started.module:
+                _refuse_same_key(started, (s for s in self._started if s.module is not None and s is not started))
                 started.prepared(module)
             started.count(started.trained_by(optimizers, self.accelerator._models))
 
@@ -113,12 +111,11 @@ class Run:
     def _save(self, models: list[nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
         accelerator = self.accelerator
         for started in self._started:
-            # By each process for itself: some loops save on one process only.
-            if started.begun and started.life.frozen is not None:
-                started.life.frozen.check(sampled=True)
+            started.check()  # by each process for itself: some loops save on one process only
         each_node = accelerator.project_configuration.save_on_each_node
         if self._started and (accelerator.is_local_main_process if each_node else accelerator.is_main_process):
-            _update(Path(folder, MANIFEST), {started.key: started.state() for started in self._started})
+            prepared = [s for s in self._started if s.module is not None]
+            _update(Path(folder, MANIFEST), {started.key: started.state() for started in prepared})
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
         with raised_on_all():
@@ -142,13 +139,24 @@ class Run:
 
     def _end(self) -> None:
         for started in self._started:
-            if started.begun:
-                started.life.guard(full=True)
+            started.end()
 
 
 def _bears_unused(module: nn.Module | None) -> bool:
     wrappers: Iterable[nn.Module] = module.modules() if module is not None else ()
     return all(m.find_unused_parameters for m in wrappers if isinstance(m, DistributedDataParallel))
+
+
+def _refuse_same_key(started: Started, others: Iterable[Started]) -> None:
+    """Refuse a name in saved states that another has; what is never prepared is in none.
+
+    Raises:
+        MappingError: Another has it.
+    """
+    if any(other.key == started.key for other in others):
+        raise MappingError(
+            f"two warm starts of one accelerator are both {started.key} in what it saves; tell them apart: name="
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,15 +13,21 @@ from typing_extensions import override
 
 from warmstart import Report
 from warmstart.lifecycle import Lifecycle
+from warmstart.loading.agreement import raised_on_all
 from warmstart.mapping.plan import Plan
 from warmstart.outcome import Status
 from warmstart_accelerate.absent import AbsentReport
 from warmstart_accelerate.hooks import FirstForward
+from warmstart_accelerate.offloaded import onloaded
 from warmstart_accelerate.timing import BEFORE_OPTIMIZER, live_optimizers, shares
 
 
 class LoopLifecycle(Lifecycle):
-    """Where processes share a node, one of them resolves and downloads, and the others find it there."""
+    """What accelerate's models ask for.
+
+    Where processes share a node, one of them resolves and downloads, and the others find it there. What is offloaded is
+    looked at and written to where it is.
+    """
 
     late_freeze = BEFORE_OPTIMIZER
 
@@ -37,6 +43,21 @@ class LoopLifecycle(Lifecycle):
         if failed is not None:
             raise failed
         return plan
+
+    @override
+    def apply(self, model: nn.Module, beside: Sequence[Lifecycle] = (), **found: Any) -> None:
+        with onloaded(model):
+            super().apply(model, beside, **found)
+
+    @override
+    def resume(self, model: nn.Module, state: dict[str, Any] | None) -> None:
+        with onloaded(model):
+            super().resume(model, state)
+
+    @override
+    def start(self, model: nn.Module, **facts: Any) -> bool:
+        with onloaded(model):
+            return super().start(model, **facts)
 
 
 class Started:
@@ -73,8 +94,9 @@ class Started:
         """
         life = self.life
         life.apply(self.model, beside, optimizers=live_optimizers(self.model), manifest=manifest)
-        if life.waiting is not None and not life.knows_what_to_freeze:
-            raise life.waiting
+        with raised_on_all():
+            if life.waiting is not None and not life.knows_what_to_freeze:
+                raise life.waiting
         if life.report is None:
             status: Status = "pending" if life.waiting is not None else "already-applied"
             self.report: Report = AbsentReport(self.model, life.parts, life.frozen, status)
@@ -137,6 +159,26 @@ class Started:
             self.report.lineage = state["lineage"] or {}
             self.report.frozen = self.life.frozen
         return first
+
+    def check(self) -> None:
+        """Compare the frozen tensors with their digests by sample, on this process alone.
+
+        Raises:
+            FrozenChangedError: A frozen tensor moved.
+        """
+        if self.begun and self.life.frozen is not None:
+            with onloaded(self.model):
+                self.life.frozen.check(sampled=True)
+
+    def end(self) -> None:
+        """Compare them in full, on every process.
+
+        Raises:
+            FrozenChangedError: A frozen tensor moved on one of them.
+        """
+        if self.begun:
+            with onloaded(self.model):
+                self.life.guard(full=True)
 
     def state(self) -> dict[str, Any]:
         return {**self.life.state(), "steps": self._steps}

@@ -74,7 +74,7 @@ def _picture(tracker: Any, report: Report, **options: Any) -> None:
     if find_spec("matplotlib") is not None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        canvas = FigureCanvasAgg(report.figure())
+        canvas: Any = FigureCanvasAgg(report.figure())
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]
         tracker.log_images({"warmstart/coverage": pixels[None]}, **options)

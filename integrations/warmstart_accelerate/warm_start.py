@@ -20,6 +20,7 @@ from warmstart import MappingError, PretrainedFields, Report
 from warmstart.api import Sources
 from warmstart.freezing import Held
 from warmstart.lifecycle import OnFreezeChange
+from warmstart.loading.agreement import raised_on_all
 from warmstart.mapping.plan import Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
@@ -98,9 +99,10 @@ def warm_start(
         )
     parts = as_parts(pretrained, fields)
     warn_if_alone(accelerator)
-    refuse_prepared(accelerator, model)
-    if unfreeze:
-        refuse_unheard_release(accelerator)
+    with raised_on_all("warm_start"):  # before the first collective: a call on one process only is found here
+        refuse_prepared(accelerator, model)
+        if unfreeze:
+            refuse_unheard_release(accelerator)
     life = LoopLifecycle(
         parts,
         verify=verify,

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
         "warmstart_lightning needs Lightning. Install it with: pip install 'warmstart[lightning]'", name=error.name
     ) from error
 
-from warmstart import MappingError, Pretrained, PretrainedFields, Report, TimingError
+from warmstart import MappingError, Pretrained, PretrainedFields, Report
 from warmstart.api import Sources
 from warmstart.freezing import Frozen, Held
 from warmstart.lifecycle import Lifecycle, OnFreezeChange, UnfreezeUnit
@@ -31,6 +31,7 @@ from warmstart.patterns import Patterns
 from warmstart_lightning.loggers import log_drift, log_lineage, log_report, save_report, tell
 from warmstart_lightning.neighbours import averaged_notes, refuse_at_setup, refuse_frozen
 from warmstart_lightning.once import Once
+from warmstart_lightning.strategies import Moment, moment, own_optimizers
 
 _STAGES = ("fit", "validate", "test", "predict")
 
@@ -105,6 +106,7 @@ class WarmStart(Callback):
         self._key = name if name is not None else "+".join(part.into for part in parts)
         self._logs = log  # Lightning puts its own `log` on callbacks
         self.drift: dict[str, float] = {}
+        self._moment: Moment = "set up"
         self._once: Once | None = None
         self._checked = False
         self._first_batch = False
@@ -127,11 +129,7 @@ class WarmStart(Callback):
         self._checked = self._first_batch = False
         if stage not in self._stages:
             return
-        if trainer.strategy.restore_checkpoint_after_setup:
-            raise TimingError(
-                f"{type(trainer.strategy).__name__} shards the model after it is set up, which WarmStart does not support "
-                'yet; use Trainer(strategy="auto") or "ddp", or call warmstart.load(model, ...) before sharding'
-            )
+        self._moment = moment(trainer, self._stages)
         # Our setup comes before the module's own and before configure_model, and no hook lies between those and the
         # optimizer. So the last of them that the module has is wrapped on the instance, for one call.
         last = next((name for name in ("configure_model", "setup") if is_overridden(name, pl_module)), None)
@@ -140,20 +138,28 @@ class WarmStart(Callback):
             refuse_at_setup(trainer, pl_module, self, freezes=freezes)
         self._end_wrap()
         if last is None:
-            self._apply(trainer, pl_module)
+            self._set_up(trainer, pl_module)
         else:
-            self._once = Once(last, pl_module, lambda: self._apply(trainer, pl_module))
+            self._once = Once(last, pl_module, lambda: self._set_up(trainer, pl_module))
 
     def _end_wrap(self) -> None:
         if self._once is not None:
             self._once.remove()
             self._once = None
 
+    def _set_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._moment == "on_fit_start":
+            with torch.device("cpu"):
+                self._life.announce(pl_module, self._others(trainer))
+        else:
+            self._apply(trainer, pl_module)
+
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        others = [c._life for c in _warm_starts(trainer) if c is not self]
         # configure_model runs under the strategy's device and default dtype; what we make is ours.
         with torch.device("cpu"):
-            self._life.apply(pl_module, beside=others)
+            # Those of an earlier fit are still there as long as this one has none.
+            optimizers = trainer.optimizers if self._moment == "on_fit_start" else ()
+            self._life.apply(pl_module, self._others(trainer), optimizers=optimizers)
         if self._logs and self._life.report is not None:
             log_lineage(trainer.loggers, self._life.report)
 
@@ -173,9 +179,12 @@ class WarmStart(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._moment == "on_fit_start":
+            self._apply(trainer, pl_module)
         # The optimizer exists by now: what was to be frozen and is not yet never will be.
         gone = self._life.waiting
-        if gone is not None and (not _resumed(trainer) or not self._life.knows_what_to_freeze):
+        restored = not trainer.strategy.restore_checkpoint_after_setup
+        if gone is not None and restored and (not _resumed(trainer) or not self._life.knows_what_to_freeze):
             raise gone
         _expect_eval_mode(self._life.frozen, pl_module)
         self._life.enforce()
@@ -199,7 +208,7 @@ class WarmStart(Callback):
         first = self._life.start(
             pl_module,
             resumed=_resumed(trainer),
-            optimizers=trainer.optimizers,
+            optimizers=own_optimizers(trainer),
             progress=self._progress(trainer),
             bears_unused=getattr(trainer.strategy.model, "find_unused_parameters", True),
         )
@@ -216,6 +225,9 @@ class WarmStart(Callback):
 
     def _progress(self, trainer: Trainer) -> int:
         return trainer.global_step if self._life.unfreeze_unit == "step" else trainer.current_epoch
+
+    def _others(self, trainer: Trainer) -> list[Lifecycle]:
+        return [c._life for c in _warm_starts(trainer) if c is not self]
 
     @rank_zero_only
     def _tell(self, trainer: Trainer, report: Report, folder: str | None) -> None:

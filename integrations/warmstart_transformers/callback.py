@@ -32,7 +32,7 @@ from warmstart.mapping.plan import Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_transformers.model_card import add_ancestor
-from warmstart_transformers.models import ModelLifecycle
+from warmstart_transformers.models import ModelLifecycle, mark_loaded
 from warmstart_transformers.trackers import log_report, save_report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -214,6 +214,8 @@ class WarmStartCallback(TrainerCallback):
         optimizers = [optimizer] if optimizer is not None else []
         newest = self._manifest(_newest_checkpoint(self._folder))
         self._life.apply(model, others, optimizers=optimizers, manifest=newest)
+        if self.report is not None:
+            mark_loaded(model, self.report)
         if self._resuming is not None:
             self._life.resume(model, self._manifest(self._resuming))
 

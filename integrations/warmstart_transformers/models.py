@@ -40,6 +40,18 @@ class ModelLifecycle(Lifecycle):
         return super().plan(model)
 
 
+def mark_loaded(model: nn.Module, report: Report) -> None:
+    """Mark as transformers marks it what was loaded, so that an init pass that runs later leaves it alone."""
+    loaded = {assignment.target for assignment in report.plan.assignments}
+    for path, module in model.named_modules():
+        own = dict(itertools.chain(module.named_parameters(path, False), module.named_buffers(path, False)))
+        for name, tensor in own.items():
+            if name in loaded:
+                tensor._is_hf_initialized = True
+        if own and own.keys() <= loaded:  # what releases before 5 look at
+            module._is_hf_initialized = True
+
+
 def _into_base(part: Pretrained, number: int, draft: Plan[Report], prefix: str) -> Pretrained:
     """`into` the base, where everything that was found of a source lies there: the head is then out of its scope."""
     if part.into:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from warmstart.errors import CheckpointError
 from warmstart.loading.values import Values, written
 from warmstart.mapping.targets import Live, Target
 from warmstart.outcome import Outcome
+from warmstart.shards import is_sharded, shard_of
 from warmstart.tensors import sample
 
 _MODULES = 12  # each is a column in a table of metrics
@@ -45,13 +47,12 @@ class Drift:
             if target.kind != "parameter" or tensor is None or not tensor.is_floating_point() or assignment.keeps:
                 continue
             if outcome.status != "applied":
-                if not outcome.plan.parts[assignment.part].checkpoint.files:
+                if not outcome.plan.parts[assignment.part].checkpoint.lasting:
                     continue  # what came from memory may have trained by now
-                try:
-                    tensor = values.planned(assignment, tensor)
-                except CheckpointError:
-                    continue
-            found.append(_Reference(target, _sampled(tensor).clone()))
+                with contextlib.suppress(CheckpointError):
+                    found.append(_Reference(target, sample(values.planned(assignment, shard_of(tensor))).clone()))
+                continue
+            found.append(_Reference(target, sample(shard_of(tensor).local).clone()))
         return cls(found)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
@@ -64,10 +65,11 @@ class Drift:
             tensor = live.tensor(reference.target)
             if tensor is None:
                 continue
-            sharded |= _is_sharded(tensor)
+            sharded |= is_sharded(tensor)
             if tensor.requires_grad:
-                now, before = _sampled(tensor).double().cpu(), reference.values.double().cpu()
-                share = _local(tensor).numel() / max(now.numel(), 1)
+                local = shard_of(tensor).local
+                now, before = sample(local).double().cpu(), reference.values.double().cpu()
+                share = local.numel() / max(now.numel(), 1)
                 squares = torch.stack([(now - before).square().sum(), before.square().sum()])
                 sums[modules.index(self._modules[reference.target.name])] += squares * share
         if sharded:
@@ -75,18 +77,6 @@ class Drift:
             dist.all_gather_object(gathered, sums)
             sums = torch.stack(gathered).sum(0)
         return {m: float((d / r).sqrt()) for m, (d, r) in zip(modules, sums, strict=True) if r > 0}
-
-
-def _sampled(tensor: Tensor) -> Tensor:
-    return sample(_local(tensor))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return type(tensor).__name__ == "DTensor"
 
 
 def _group(names: list[str]) -> dict[str, str]:

@@ -299,13 +299,22 @@ def freeze_patterns(model: nn.Module, patterns: Patterns, held: Held = "eval") -
     Raises:
         MappingError: A pattern matches nothing.
     """
+    return freeze_entries(model, entries_matching(model, patterns), Targets.of(model), held)
+
+
+def entries_matching(model: nn.Module, patterns: Patterns) -> list[str]:
+    """The entries that patterns name.
+
+    Raises:
+        MappingError: A pattern matches nothing.
+    """
     targets = Targets.of(model)
     chosen = PatternSet(patterns, where="freeze")
     names = [name for name in targets.entries if chosen.matches(*targets.spellings(name))]
     if unused := chosen.without_hit():
         hint = did_you_mean(unused[0].text, [t.clean for t in targets.entries.values()])
         raise MappingError(f"freeze={unused[0].text!r} matches no model entry{hint}")
-    return freeze_entries(model, names, targets, held)
+    return names
 
 
 def refuse_wrapped(targets: Targets) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from warmstart.errors import MappingError
 
@@ -102,7 +103,7 @@ def shard_of(tensor: Tensor) -> Shard:
     Raises:
         MappingError: It is sharded in a way that does not say which elements a process holds.
     """
-    if _is_zero3(tensor):
+    if is_partition(tensor):
         return _partition(tensor)
     if _is_dtensor(tensor):
         return _dtensor_shard(tensor)
@@ -120,17 +121,17 @@ def local_of(tensor: Tensor) -> Tensor:
 
 def full_shape(tensor: Tensor) -> Shape:
     """The shape of the whole tensor, of which this process may hold a part or nothing."""
-    return tuple(tensor.ds_shape) if _is_zero3(tensor) else tuple(tensor.shape)  # type: ignore[attr-defined]
+    return tuple(tensor.ds_shape) if is_partition(tensor) else tuple(tensor.shape)  # type: ignore[attr-defined]
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether an engine spreads the tensor over processes, be it only as copies."""
-    return _is_zero3(tensor) or _is_dtensor(tensor)
+    return is_partition(tensor) or _is_dtensor(tensor)
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole tensor; of a sharded one a copy, for which every process of its group has to call this."""
-    if _is_zero3(tensor):
+    if is_partition(tensor):
         from deepspeed.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
@@ -141,7 +142,72 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _is_zero3(tensor: Tensor) -> bool:
+def mesh_device(tensor: Tensor) -> torch.device | None:
+    """The kind of device that a DTensor's shards lie on when they have memory; None of any other tensor."""
+    return torch.device(tensor.device_mesh.device_type) if _is_dtensor(tensor) else None  # type: ignore[attr-defined]
+
+
+@contextmanager
+def same_draws(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Random numbers are drawn alike by all processes that share these tensors: as the first of them draws.
+
+    A collective of a few kilobytes for each dimension of each mesh. A process that was in the same random state goes on
+    from there, another one from where it was.
+    """
+    own = torch.get_rng_state()
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if _is_dtensor(tensor))  # type: ignore[attr-defined]
+    state = own.clone()
+    for mesh in meshes:
+        shared = state.to(mesh.device_type)
+        for dim in range(mesh.ndim):
+            torch.distributed.broadcast(shared, group=mesh.get_group(dim), group_src=0)
+        state = shared.cpu()
+    torch.set_rng_state(state)
+    try:
+        yield
+    finally:
+        if not torch.equal(state, own):
+            torch.set_rng_state(own)
+
+
+def sharded_behind(model: nn.Module) -> dict[int, Tensor]:
+    """FSDP2's parameters, by the identity of the whole ones that stand in their places between a forward and its backward."""
+    behind: dict[int, Tensor] = {}
+    for module in _fsdp_modules(model):
+        state: Any = module._get_fsdp_state()  # type: ignore[operator]
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch before 2.10
+            groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+        for group in groups:
+            for param in group.fsdp_params:
+                if (unsharded := getattr(param, "_unsharded_param", None)) is not None:
+                    behind[id(unsharded)] = param.sharded_param
+    return behind
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop FSDP2's gathered copies of what is about to be written to: the next forward gathers anew."""
+    for module in _fsdp_modules(model):
+        module.reshard()  # type: ignore[operator]
+
+
+def unsharded_type(module: nn.Module) -> type[nn.Module]:
+    """The module's class before `fully_shard` put its own in front of it."""
+    kind = type(module)
+    return kind.__mro__[2] if _fsdp_type() in kind.__mro__[:2] else kind
+
+
+def _fsdp_type() -> type | None:
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+
+
+def _fsdp_modules(model: nn.Module) -> list[nn.Module]:
+    kind = _fsdp_type()
+    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+
+
+def is_partition(tensor: Tensor) -> bool:
+    """Whether it is a ZeRO-3 parameter."""
     return hasattr(tensor, "ds_id") and hasattr(tensor, "ds_shape")
 
 

@@ -165,7 +165,9 @@ def fsdp2(case: Case) -> nn.Module:
 def fsdp2_meta(case: Case) -> nn.Module:
     with torch.device("meta"):
         net = fresh(case)
-    return fully_sharded(net, case)
+    net = fully_sharded(net, case)
+    torch.manual_seed(1 + torch.distributed.get_rank())  # every rank draws like the first
+    return net
 
 
 def fully_sharded(net: Net, case: Case, **options: Any) -> nn.Module:
@@ -265,14 +267,13 @@ def run_cell(engine: str, name: str, path: Path) -> tuple[dict[str, Any], dict[s
 
 @contextlib.contextmanager
 def processes(engine: str, rank: int, world: int, folder: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     if engine == "zero3":
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         import deepspeed
 
-        deepspeed.init_distributed("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    else:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-        )
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; else a kernel is compiled first
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     yield
     torch.distributed.barrier()
 
@@ -288,6 +289,14 @@ def main(engine: str, rank: int, world: int, folder: Path) -> None:
                     facts[cell], tensors[cell] = run_cell(engine, name, path_of(folder, name, source))
                 except Exception:
                     facts[cell] = {"error": traceback.format_exc()}
+        from stories import STORIES
+
+        for story in STORIES.get(engine, []):
+            try:
+                story(folder)
+                facts[story.__name__] = {}
+            except Exception:
+                facts[story.__name__] = {"error": traceback.format_exc()}
         torch.save(tensors, folder / engine / f"{rank}.pt")
         (folder / engine / f"{rank}.json").write_text(json.dumps(facts))
 

@@ -63,6 +63,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, case in cells.CASES.items():
         for source in cells.SOURCES:
             save(cells.trained(case), cells.path_of(folder, name, source), source)
+    wide = cells.Case({"width": 64, "hidden": 256, "words": 500})
+    save(cells.trained(wide), cells.path_of(folder, "wide", "safetensors"), "safetensors")
     return folder
 
 

@@ -92,7 +92,9 @@ MET: dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str,
     ),
     "fill": (ONE | {"b": torch.ones(1)}, ONE, {"fill": {"*": 1.0}}, {"fill": {"b": 1.0}}),
     "dtype": ({"a": torch.ones(2)}, {"a": torch.ones(2).double()}, {"allow_narrowing": False}, {"dtype": "checkpoint"}),
-    "coverage": (ONE | {"b": torch.ones(9)}, ONE, {"min_coverage": 0.9, "allow_missing": "b"}, {"include": "a", "min_coverage": 0.9}),
+    "coverage": (
+        ONE | {"b": torch.ones(9)}, ONE, {"min_coverage": 0.9, "allow_missing": "b"}, {"min_coverage": 0.9, "include": "a"}
+    ),
 }  # fmt: skip
 
 

@@ -121,3 +121,25 @@ def test_a_file_that_shrinks_is_an_error_that_names_what_was_written(tmp_path, m
         plan.apply()
     assert caught.value.written == ("a",)
     assert caught.value.report.status == "failed"
+
+
+def test_an_entry_of_which_only_a_part_was_written_is_no_untouched_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(moving, "_BATCH", 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    save_file({"a": torch.ones(4)}, tmp_path / "w.safetensors")
+    model = Entries({"a": torch.ones(4)})
+    pieces = moving._pieces
+
+    def then_gone(*args):
+        first, second = pieces(*args)
+        yield first
+        yield second._replace(file=Gone())
+
+    class Gone:
+        def check(self) -> None:
+            raise warmstart.CheckpointError("the file is shorter now")
+
+    monkeypatch.setattr(moving, "_pieces", then_gone)
+    with pytest.raises(warmstart.CheckpointError, match=r"the file is shorter now\n0 of 1 entries .* half loaded"):
+        warmstart.load(model, tmp_path / "w.safetensors")
+    assert model.a.tolist() == [1.0, 1.0, 0.0, 0.0]

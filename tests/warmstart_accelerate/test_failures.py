@@ -27,7 +27,12 @@ def fail(case: str, folder: Path, launcher: str = "torchrun") -> str:
         capture_output=True,
         text=True,
         timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "WARMSTART_TIMEOUT": "15",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        },
     )
     assert done.returncode != 0
     return done.stdout + done.stderr
@@ -52,3 +57,4 @@ def test_rank_0_killed(tmp_path):
 def test_rank_0_only(tmp_path):
     said = fail("rank 0 only", tmp_path)
     assert "TimingError" in said
+    assert "rank 1" in said[said.index("TimingError") :].splitlines()[0]

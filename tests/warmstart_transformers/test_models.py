@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 from tiny import bert, bert_config, equal, texts, weights
 from tokenizers import Tokenizer, models
 from transformers import (
+    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -65,6 +67,41 @@ def test_names_that_a_rule_makes_keep_the_whole_model_s_scope(make_trainer, bert
     make_trainer(model, callback)
     assert callback.report.plan.parts[0].pretrained.into == ""
     assert torch.equal(model.bert.embeddings.word_embeddings.weight, tree["body.embeddings.word_embeddings.weight"])
+
+
+class Late(PreTrainedModel):
+    """As custom models are: an init pass with plain in-place calls, here not before the first step."""
+
+    config_class = BertConfig
+    base_model_prefix = "bert"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert, self.classifier = BertModel(config), torch.nn.Linear(16, 2)
+        for module in self.modules():
+            vars(module).pop("_is_hf_initialized", None)
+        for tensor in [*self.parameters(), *self.buffers()]:
+            vars(tensor).pop("_is_hf_initialized", None)
+        self.late = True
+
+    def _init_weights(self, module):
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            module.weight.data.fill_(0.125)
+
+    def forward(self, input_ids, labels=None):
+        if self.late:
+            self.late = False
+            self.post_init()
+            self.seen = weights(self)
+        logits = self.classifier(self.bert(input_ids).pooler_output)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_field_note_10_an_init_pass_that_runs_late_leaves_what_was_loaded_alone(make_trainer, bert_source):
+    model, source = Late(bert_config()), load_file(bert_source)
+    make_trainer(model, WarmStartCallback(bert_source)).train()
+    assert torch.equal(model.seen["classifier.weight"], torch.full((2, 16), 0.125))  # it did run
+    assert all(torch.equal(v, source[n.removeprefix("bert.")]) for n, v in model.seen.items() if n.startswith("bert."))
 
 
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:

@@ -20,11 +20,7 @@ def opened(pretrained: Pretrained, checkpoint_key: str | None = None) -> Checkpo
         CheckpointError: It cannot be read, or has another SHA-256 than was asked for.
     """
     checkpoint = open_source(pretrained, checkpoint_key)
-    wanted = pretrained.sha256
-    if wanted is not None and (found := checkpoint.sha256()) != wanted.lower():
-        raise CheckpointError(
-            f"{checkpoint.location}: its SHA-256 is {found}, not the {wanted.lower()} asked for; get the right file"
-        )
+    checkpoint.check_sha256(pretrained.sha256)
     return checkpoint
 
 

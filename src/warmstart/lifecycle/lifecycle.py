@@ -15,14 +15,14 @@ from warmstart import api
 from warmstart.checkpoints.places import is_gone
 from warmstart.drift import Drift
 from warmstart.errors import CheckpointError, MappingError, TimingError
-from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
+from warmstart.freezing import Frozen, Held, entries_matching, freeze_entries
 from warmstart.lifecycle.auditing import audit, refuse_late_freeze
 from warmstart.lifecycle.holding import Holding, OnFreezeChange
 from warmstart.lifecycle.overlap import refuse_overlap
 from warmstart.lifecycle.past import Past, known, remember
 from warmstart.lifecycle.restoring import RestoreWatch
 from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
-from warmstart.loading.agreement import raised_on_all
+from warmstart.loading.agreement import raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
 from warmstart.mapping.grouping import listed
 from warmstart.mapping.lock import frozen_names
@@ -74,6 +74,7 @@ class Lifecycle:
         self.unfreeze_unit: UnfreezeUnit = unfreeze_unit
         self.lock = lock
         self.restored: dict[str, Any] | None = None
+        self._early: frozenset[str] = frozenset()
         self._reset()
 
     def _reset(self) -> None:
@@ -94,6 +95,7 @@ class Lifecycle:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._early = frozenset()
         self._reset()
 
     def _identity(self) -> Hashable:
@@ -121,6 +123,43 @@ class Lifecycle:
         """Whether this model is the one that was applied to last."""
         return self._model is not None and self._model() is model
 
+    def announce(self, model: nn.Module, beside: Sequence[Lifecycle] = ()) -> None:
+        """Plan, and freeze, a model whose memory is made later than its optimizer; `apply` follows then.
+
+        Raises:
+            WarmStartError: As `apply`.
+            CheckpointError: The source is gone, and what to freeze is not known without it.
+        """
+        with raised_on_all("set up"):
+            past = self._known(model)
+            if past is not None:
+                self._take_up(model, past)
+            else:
+                self._announce(model, beside)
+
+    def _announce(self, model: nn.Module, beside: Sequence[Lifecycle]) -> None:
+        self._reset()
+        try:
+            plan = self.plan(model)
+        except CheckpointError as error:
+            if not any(is_gone(part.source) for part in self.parts):
+                raise
+            targets, names = Targets.of(model), set(self._frozen_names(model))
+            if not names and not self.knows_what_to_freeze:
+                raise CheckpointError(
+                    f"{error}\nThe optimizer of a sharded model is made before a resumed checkpoint is read, so what to "
+                    'freeze must be known without the source: freeze=["encoder"], or lock='
+                ) from error
+        else:
+            plan.raise_errors()
+            for other in beside:
+                other._rehearse(model)
+            targets, names = plan.targets, set(plan.freeze) - self.schedule.later(plan)
+        frozen = [t for name in names if (t := targets.entries[name]).kind == "parameter" and t.tensor.requires_grad]
+        for target in frozen:
+            target.tensor.requires_grad_(False)
+        self._early = frozenset(target.name for target in frozen)
+
     def apply(
         self,
         model: nn.Module,
@@ -145,7 +184,7 @@ class Lifecycle:
             TimingError: An optimizer holds a parameter already that is to be frozen.
         """
         self._unwatch()
-        with raised_on_all():
+        with raised_on_all("set up"):
             self._apply(model, beside, optimizers, manifest or {})
         self.watch(model, manifest)
 
@@ -163,13 +202,17 @@ class Lifecycle:
                 refuse_overlap(self.report.plan, [other.report for other in beside])
             return
         self._reset()
+        plan: Plan[Report] | None = None
         try:
             plan = self.plan(model)
         except CheckpointError as error:
             if not any(is_gone(part.source) for part in self.parts):
                 raise
             self._gone = error
-            self._freeze.take(self._frozen_without_source(model))
+        raised_unless_alike(self._gone, "set up: its source")
+        if plan is None:
+            if names := self._frozen_names(model):
+                self._freeze.take(freeze_entries(model, names, Targets.of(model), self.held))
             if self.frozen is None:
                 self._freeze.take_as_before(model, manifest)
         else:
@@ -181,6 +224,8 @@ class Lifecycle:
             self.report = api.apply(plan, verify=self.verify, held=self.held)
             self._freeze.take(self.report.frozen)
             remember(model, self._identity(), self.report)
+        if self.frozen is not None:
+            self.frozen.trained |= self._early
         self._model = weakref.ref(model)
 
     def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
@@ -209,16 +254,16 @@ class Lifecycle:
         if self._known(model) is None and not any(is_gone(part.source) for part in self.parts):
             self.plan(model).raise_errors()
 
-    def _frozen_without_source(self, model: nn.Module) -> Frozen | None:
+    def _frozen_names(self, model: nn.Module) -> list[str]:
+        """What to freeze, as far as it is known without the source."""
         patterns: list[str] = []
         for part in self.parts:
             if not isinstance(part.freeze, bool):
                 patterns += [part.freeze] if isinstance(part.freeze, str) else list(part.freeze)
         if self.lock is not None:
             targets = Targets.of(model)
-            names = [name for name in frozen_names(self.lock) if name in targets.entries]
-            return freeze_entries(model, names, targets, self.held) if names else None
-        return freeze_patterns(model, patterns, self.held) if patterns else None
+            return [name for name in frozen_names(self.lock) if name in targets.entries]
+        return entries_matching(model, patterns) if patterns else []
 
     @property
     def waiting(self) -> CheckpointError | None:
@@ -242,7 +287,7 @@ class Lifecycle:
         """
         if not self.loaded(model):
             return
-        with raised_on_all():
+        with raised_on_all("resume"):
             if state is not None:
                 self._resume(model, state)
 
@@ -288,7 +333,7 @@ class Lifecycle:
             VerificationError: The model does not hold what was loaded, and no restore explains it.
             FrozenChangedError: A frozen tensor is trainable again or has moved.
         """
-        with raised_on_all():
+        with raised_on_all("start of training"):
             self._start(model, resumed, optimizers)
             self._freeze.start(resumed=resumed, progress=progress, bears_unused=bears_unused)
         first = not self._trained
@@ -324,7 +369,7 @@ class Lifecycle:
         Raises:
             WarmStartError: As `start`.
         """
-        with raised_on_all():
+        with raised_on_all("look before a stage"):
             self._start(model, resumed, None)
 
     def enforce(self) -> None:
@@ -389,7 +434,7 @@ class Lifecycle:
             VerificationError: A loaded parameter was written to since training started.
             FrozenChangedError: A frozen tensor moved.
         """
-        with raised_on_all():
+        with raised_on_all("first training batch"):
             if self.report is not None and self.report.status == "applied":
                 wrong = self.report.differences(model, self.verify, buffers=False)
                 if wrong:
@@ -404,7 +449,7 @@ class Lifecycle:
         Raises:
             FrozenChangedError: A frozen tensor moved.
         """
-        with raised_on_all():
+        with raised_on_all("check of what is frozen"):
             self._freeze.check(sampled=not full)
 
     def state(self) -> dict[str, Any]:

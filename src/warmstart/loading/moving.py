@@ -33,13 +33,15 @@ class Mover:
     """Copies and compares what lies plainly in mapped files; a context, at whose end all of it is done.
 
     Attributes:
-        done: Names of the entries that were copied.
+        begun: Whether anything was moved, be it part of an entry.
+        done: Names of the entries that were moved.
         compared: Names of the entries that were compared with the file.
         different: Names of the entries that do not hold what the file does.
         infinite: Names of the entries in which a value may be NaN or infinite.
     """
 
     def __init__(self, *, copy: bool, compare: bool) -> None:
+        self.begun = False
         self.done: list[str] = []
         self.different: set[str] = set()
         self.infinite: set[str] = set()
@@ -96,6 +98,7 @@ class Mover:
     def _run(self, batch: list[_Piece]) -> None:
         for piece in batch:
             piece.file.check()
+            self.begun = True
             self._move(piece)
             with self._lock:
                 self._left[piece.name] -= 1

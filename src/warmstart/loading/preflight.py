@@ -9,13 +9,14 @@ from torch.nn.parameter import is_lazy
 
 from warmstart.errors import CheckpointError, MappingError, TimingError
 from warmstart.freezing import refuse_wrapped
+from warmstart.loading.masters import has_master
 from warmstart.loading.materialising import uninitialisable
 from warmstart.loading.values import Values, as_planned, duplicates, loaded_here, span, written
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan
 from warmstart.mapping.targets import Live
-from warmstart.shards import Shard, full_shape, local_of, shard_of
+from warmstart.shards import Shard, full_shape, is_partition, is_sharded, local_of, shard_of
 from warmstart.tensors import dtype_name, non_finite, range_lost, same_bits
 
 
@@ -28,8 +29,10 @@ def preflight(plan: Plan, values: Values) -> None:
         TimingError: The model changed since it was planned, or is wrapped already and is to be frozen.
     """
     _unchanged(plan)
-    _right_file(plan)
-    problems = [*uninitialisable(plan), *_entangled(plan)]
+    for part in plan.parts:
+        if part.checkpoint.at_hand is not None:
+            part.checkpoint.at_hand.check_sha256(part.pretrained.sha256)
+    problems = [*uninitialisable(plan), *_entangled(plan), *_unlike_shards(plan)]
     problems += _value_dependent(plan, values) or [*_lost(plan, values), *_two_values(plan, values)]
     if problems:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
@@ -54,6 +57,11 @@ def _unchanged(plan: Plan) -> None:
                 f"'{assignment.target}' is not the tensor that was planned for; call warmstart.plan(model, ...) again "
                 "after the model was changed"
             )
+        if has_master(tensor):
+            raise TimingError(
+                f"'{assignment.target}' is in a DeepSpeed optimizer, whose own copy would overwrite what is loaded at its "
+                "first step; load before deepspeed.initialize(model=...)"
+            )
         if not target.lazy and tensor.is_inference():
             raise TimingError(
                 f"'{assignment.target}' was made under torch.inference_mode() and cannot be written to; build the model "
@@ -61,16 +69,6 @@ def _unchanged(plan: Plan) -> None:
             )
     if plan.freeze:
         refuse_wrapped(plan.targets)
-
-
-def _right_file(plan: Plan) -> None:
-    for part in plan.parts:
-        wanted = part.pretrained.sha256
-        if wanted is not None and (found := part.checkpoint.sha256()) != wanted.lower():
-            raise CheckpointError(
-                f"{part.checkpoint.location}: its SHA-256 is {found}, not the {wanted.lower()} asked for; get the right "
-                f'file, or write sha256="{found}" if this is the one you mean'
-            )
 
 
 def _entangled(plan: Plan) -> list[str]:
@@ -101,6 +99,27 @@ def _entangled(plan: Plan) -> list[str]:
         return []
     message = f"memory: {len(shared)} entries overlap others without being tied to them\n{listed(shared)}\n"
     return [f'{message}  -> give them memory of their own, or leave them out: exclude=["{printable(shared[0][0])}"]']
+
+
+def _unlike_shards(plan: Plan) -> list[str]:
+    """Sharded entries that would change their dtype or shape, or be held in part, which their engine does not allow."""
+    unlike = []
+    for assignment in written(plan):
+        target = plan.targets.entries[assignment.target]
+        if is_sharded(target.tensor) and (assignment.dtype != target.dtype or assignment.shape != target.shape):
+            has, gets = (
+                (dtype_name(d), s) for d, s in ((target.dtype, target.shape), (assignment.dtype, assignment.shape))
+            )
+            unlike.append((assignment.target, f"{has[0]} {has[1]} would become {gets[0]} {gets[1]}"))
+    for name in plan.held_rows:
+        if is_partition(plan.targets.entries[name].tensor):
+            unlike.append(
+                (name, "freeze_old=True cannot hold rows of a ZeRO-3 parameter, whose optimizer has a copy of it")
+            )
+    if not unlike:
+        return []
+    message = f"shards: {len(unlike)} sharded entries cannot be what is asked for\n{listed(unlike)}\n"
+    return [f"{message}  -> build the model that way before it is sharded, or load before that"]
 
 
 def _lost(plan: Plan, values: Values) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from warmstart.errors import CheckpointError, VerificationError
+from warmstart.loading.masters import is_stale
 from warmstart.loading.moving import Mover, is_plain
 from warmstart.loading.values import Digests, Values, as_planned, together, written
 from warmstart.mapping.grouping import listed, printable
@@ -118,12 +119,16 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
                 out.append(Difference(name, f"was cast to {tensor.dtype}, which allow_narrowing=False forbids"))
                 continue
             file = values.mapped(source, shard) if verify == "full" else None
-            if file is not None and is_plain(shard.local, expected):
+            if file is not None and is_plain(shard.local, expected) and not is_stale(tensor):
                 mover.add(name, shard.local, expected, file)
                 continue
             same = _same(shard.local, expected, verify)
         if not same:
             other.add(name)
+        elif is_stale(tensor):
+            out.append(
+                Difference(name, "is right, but the optimizer's fp32 copy of it is not, and its next step writes that")
+            )
     with mover:
         pass
     other |= mover.different

@@ -5,20 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from warmstart.errors import CheckpointError, MappingError, VerificationError
+from warmstart.errors import CheckpointError, VerificationError
+from warmstart.loading.agreement import raised_on_all
 from warmstart.loading.inert import inert_adapters
 from warmstart.loading.materialising import materialise, needs_memory
 from warmstart.loading.moving import Mover, is_plain
 from warmstart.loading.preflight import preflight
+from warmstart.loading.relaying import in_step
 from warmstart.loading.values import Digests, Values, loaded_here, written
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan import Plan, Verify
-from warmstart.shards import shard_of
+from warmstart.shards import reshard, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(slots=True)
@@ -40,50 +46,50 @@ class Written:
     notes: list[str] = field(default_factory=list)
 
 
-def write(plan: Plan, verify: Verify) -> Written:
-    """Preflight, write and verify a plan.
+def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Written:
+    """Preflight, write and verify a plan; the ranks of `group` write once all of them have passed the preflight.
 
     Raises:
-        MappingError: The plan has errors, or preflight found one. The model is untouched.
+        MappingError: Preflight found something. The model is untouched.
         CheckpointError: A source cannot be read; `.written` names the entries that were written before that.
         VerificationError: The model does not hold what was written.
     """
-    if verify not in ("full", "sample", "off"):
-        raise MappingError(f"verify={verify!r}: one of 'full', 'sample', 'off'")
-    plan.raise_errors()
     started = time.perf_counter()
     before = sum(part.checkpoint.bytes_read for part in plan.parts)
     values = Values(plan)
-    values.secure()
-    preflight(plan, values)
+    with raised_on_all("preflight", group), in_step(plan):
+        values.secure()
+        preflight(plan, values)
     result = Written(verify)
     mover = Mover(copy=True, compare=verify == "full")
     done = mover.done
     begun = False
+    reshard(plan.model)
     try:
-        if begun := needs_memory(plan):
-            result.notes += materialise(plan)
-        with torch.no_grad(), mover:
-            for assignment in written(plan):
-                target = plan.targets.entries[assignment.target]
-                shard = shard_of(target.tensor)
-                value = values.planned(assignment, shard)
-                others = plan.targets.groups.get(target.canonical, [])
-                file = values.mapped(assignment, shard)
-                if file is not None and not others and is_plain(shard.local, value):
-                    mover.add(assignment.target, shard.local, value, file)
-                    continue
-                _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
-                done.append(assignment.target)
-                if assignment.fill is None and not plan.parts[assignment.part].checkpoint.files:
-                    mask = loaded_here(assignment, shard) if assignment.keeps else None
-                    result.digests.keep(assignment.target, value, mask)
-        result.notes += verify_written(plan, values, verify, mover)
+        with in_step(plan), torch.no_grad():
+            if begun := needs_memory(plan):
+                result.notes += materialise(plan)
+            with mover:
+                for assignment in written(plan):
+                    target = plan.targets.entries[assignment.target]
+                    shard = shard_of(target.tensor)
+                    value = values.planned(assignment, shard)
+                    others = plan.targets.groups.get(target.canonical, [])
+                    file = values.mapped(assignment, shard)
+                    if file is not None and not others and is_plain(shard.local, value):
+                        mover.add(assignment.target, shard.local, value, file)
+                        continue
+                    _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
+                    done.append(assignment.target)
+                    if assignment.fill is None and not plan.parts[assignment.part].checkpoint.lasting:
+                        mask = loaded_here(assignment, shard) if assignment.keeps else None
+                        result.digests.keep(assignment.target, value, mask)
+            result.notes += verify_written(plan, values, verify, mover)
     except VerificationError as error:
         error.report = result
         raise
     except Exception as error:
-        if not begun and not done:
+        if not begun and not mover.begun and not done:
             raise
         total = sum(1 for _ in written(plan))
         names = ", ".join(printable(name) for name in done[:8]) + (", ..." if len(done) > 8 else "")

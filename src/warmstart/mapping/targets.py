@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from warmstart.errors import MappingError, TimingError
 from warmstart.mapping.names import WRAPPER_SEGMENTS, join, without_wrappers, wrapped_child
 from warmstart.mapping.peft import AdapterEntry, base_child, cleaner, member_of_adapter, prefix_of
-from warmstart.shards import full_shape, is_sharded
+from warmstart.shards import full_shape, is_sharded, sharded_behind
 
 Kind = Literal["parameter", "buffer"]
 
@@ -140,7 +140,8 @@ class Live:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = {id(module) for module in model.modules()}
-        self.tensors = {id(t) for t in [*model.parameters(), *model.buffers()]}
+        self._behind = sharded_behind(model)
+        self.tensors = {id(self._behind.get(id(t), t)) for t in [*model.parameters(), *model.buffers()]}
 
     def has(self, module: nn.Module) -> bool:
         return id(module) in self._modules
@@ -150,13 +151,14 @@ class Live:
             members = target.owner._parameters if target.kind == "parameter" else target.owner._buffers
             tensor = members.get(target.leaf)
             if tensor is not None:
-                return tensor
+                return self._behind.get(id(tensor), tensor)
         return target.tensor if id(target.tensor) in self.tensors else None
 
 
 def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
     """Depth first, in registration order, every path to every tensor (a shared module is met under each of its names)."""
     stack: list[tuple[nn.Module, str, str, AdapterEntry | None, tuple[int, ...]]] = [(model, "", "", None, ())]
+    behind = sharded_behind(model)
     while stack:
         module, path, clean, at, above = stack.pop()
         if id(module) in above:
@@ -181,6 +183,7 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
             for leaf, tensor in members.items():
                 if tensor is None:
                     continue
+                tensor = behind.get(id(tensor), tensor)
                 name = join(path, leaf)
                 clean_name = name if path == clean else join(clean, leaf)
                 if wrapper is not None:

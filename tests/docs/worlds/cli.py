@@ -22,5 +22,5 @@ from torch import nn
 class Towers(nn.Module):
     def __init__(self):
         super().__init__()
-        self.image, self.text, self.scale = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(1, 1)
+        self.image, self.text = nn.Linear(4, 4), nn.Linear(4, 4)
 """)

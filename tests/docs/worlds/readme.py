@@ -1,5 +1,6 @@
 """A MobileNetV2 in a Lightning module and its file, a run to resume, a small BERT for the Trainer, and sources to average."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -39,8 +40,12 @@ bert = {key: value for key, value in BertModel(BertConfig(**small)).state_dict()
 save_file(bert, "bert.safetensors")
 model = BertForSequenceClassification(BertConfig(**small))
 texts = [{"input_ids": torch.arange(5), "labels": i % 2} for i in range(4)]
+batches = torch.utils.data.DataLoader(texts, batch_size=2)
 args = TrainingArguments("run", max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
 Path("net.py").write_text(
     "from transformers import BertConfig, BertForSequenceClassification\n"
     f"def Net(): return BertForSequenceClassification(BertConfig(**{small}))\n"
 )
+sys.path.insert(0, "")
+
+from net import Net  # noqa: F401 - made just now, for the page

@@ -361,3 +361,54 @@ def test_a_hundred_thousand_keys_are_a_few_decisions(suggest):
     suggestion = suggest(keys, entries)
     assert len(suggestion.mapping) == len(entries)
     assert len(suggestion.pretrained.rename) <= 10
+
+
+# ---- what only looks equal ----
+
+HEAD = {"weight": (9, 9), "bias": (9,)}
+
+
+def sequence_and_names(suggest, **options):
+    """SAM's heads: three layers numbered in the checkpoint; the model names the first and the last of them."""
+    rest = layers("blocks.{}", {"attn.proj.weight": (5, 5), "attn.proj.bias": (5,), "mlp.fc1.weight": (7, 5)}, range(5))
+    keys = rest | layers("head.layers.{}", HEAD, range(3))
+    entries = rest | {f"head.{name}.{leaf}": shape for name in ("proj_in", "layers.0", "proj_out")
+                      for leaf, shape in HEAD.items()}  # fmt: skip
+    return suggest(keys, entries, **options)
+
+
+@pytest.mark.parametrize("vocabulary", [True, False])
+def test_an_equal_name_in_a_row_that_is_spread_is_not_sure_and_is_said_to_be_left_out(suggest, vocabulary):
+    suggestion = sequence_and_names(suggest, vocabulary=vocabulary)
+    assert not [entry for entry in suggestion.mapping if entry.startswith("head.")]
+    assert len(suggestion.mapping) == 15
+    assert suggestion.withheld == ("head.layers.0.bias", "head.layers.0.weight")
+    assert "left out by exclude" in str(suggestion)
+    assert "left out by exclude" in suggestion.to_yaml()
+
+
+def test_a_square_matrix_is_never_transposed(suggest):
+    """Equal shapes say nothing about a transposition."""
+    suggestion = sequence_and_names(suggest)
+    assert "convert" not in suggestion.pretrained.rules()
+
+
+def test_two_modules_of_one_shape_keep_their_own_tensors(suggest):
+    """`H_module` and `L_module` alike, one kind of tensor missing in each: the last two are not a pair."""
+    parts = {"mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F), "attn.q_proj.weight": (D, D)}
+    keys = layers("H_module.layers.{}", parts, range(4)) | layers("L_module.layers.{}", parts, range(4))
+    entries = dict(keys)
+    for i in range(4):
+        del keys[f"L_module.layers.{i}.mlp.down_proj.weight"]
+        del entries[f"H_module.layers.{i}.mlp.down_proj.weight"]
+    assert not wrong(suggest(keys, entries), {name: name for name in keys})
+
+
+def test_what_the_path_says_needs_no_word_of_its_own(suggest):
+    """`self_attn.sinks` is `self_attn.attention_sink_bias`, and a slip of spelling is no other word."""
+    rest = {"self_attn.q_proj.weight": (D, D), "mlp.up_proj.weight": (F, D), "norm.weight": (D,)}
+    keys = layers("layers.{}", rest | {"self_attn.attention_sink_bias": (3,)}, range(4)) | {"view_seperator": (11,)}
+    entries = layers("layers.{}", rest | {"self_attn.sinks": (3,)}, range(4)) | {"view_separator": (11,)}
+    suggestion = suggest(keys, entries)
+    assert suggestion.mapping["layers.2.self_attn.sinks"] == ("layers.2.self_attn.attention_sink_bias",)
+    assert suggestion.mapping["view_separator"] == ("view_seperator",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from warmstart.mapping.suggesting.templates import Path, Template, index_positions
@@ -15,21 +15,41 @@ class ListSets:
 
     Attributes:
         together: Path of a list to the indices of all its tensors.
+        children: Path of a module to the segments right below it, of lists and of what is no list.
         apart: Path of a list to the path of each tensor in it to that tensor's indices.
     """
 
     together: dict[Path, set[int]] = field(default_factory=lambda: defaultdict(set))
     apart: dict[Path, dict[Path, set[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
+    children: dict[Path, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     @classmethod
     def of(cls, templates: Iterable[Template]) -> ListSets:
         sets = cls()
         for template in templates:
+            for depth, segment in enumerate(template.path):
+                sets.children[template.path[:depth]].add(segment)
             for turn, position in enumerate(index_positions(template.path)):
                 found = {indices[turn] for indices in template.names}
                 sets.together[template.path[: position + 1]] |= found
                 sets.apart[template.path[: position + 1]][template.path] |= found
         return sets
+
+
+def spread(
+    lost: int, shorter: Mapping[Path, set[str]], short: Path, longer: Mapping[Path, set[str]], long: Path
+) -> bool:
+    """Whether items that a list has lost may stand beside it under names: `0, 1, 2` as `proj_in`, `layers.0`, `proj_out`.
+
+    Args:
+        lost: How many items one side has more.
+        shorter: The segments below each module of the other side.
+        short: The list there.
+        longer: The segments of the side that has more.
+        long: The list there.
+    """
+    beside = [len(shorter[short[:-up]] - longer[long[:-up]]) for up in (1, 2) if len(short) >= up and len(long) >= up]
+    return 0 < lost <= max(beside, default=0)
 
 
 def shift(keys: ListSets, key: Path, key_at: int, entries: ListSets, entry: Path, entry_at: int) -> int | None:
@@ -54,6 +74,11 @@ def shift(keys: ListSets, key: Path, key_at: int, entries: ListSets, entry: Path
     if alone and own[0] != own[1] and not min(own[0]) == min(own[1]) == 0:
         return None
     a, b = keys.together[key_list], entries.together[entry_list]
+    if a != b and (
+        spread(len(a - b), entries.children, entry_list, keys.children, key_list)
+        or spread(len(b - a), keys.children, key_list, entries.children, entry_list)
+    ):
+        return None
     if a == b or (min(a) == min(b) == 0):
         return 0
     if len(a) == len(b) and all(max(s) - min(s) + 1 == len(s) for s in (a, b)):

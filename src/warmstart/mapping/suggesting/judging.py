@@ -9,7 +9,8 @@ from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import LEAVES, matched
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
 from warmstart.mapping.suggesting.matching import Candidate, Side
-from warmstart.mapping.suggesting.templates import Path, Place, Template, numbered
+from warmstart.mapping.suggesting.spelling import spelled_alike
+from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
 
 _MISSING = 0.03  # share of one side's templates without a partner up to which the other is taken to have them all
 _SUPPORT = 3  # names that must differ by the same words before these say nothing
@@ -52,18 +53,27 @@ def judged(
     for link in links:
         a, b = link.extra
         some = link.evidence >= Evidence.SOME_WORDS
-        if link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT):
+        owned = _both_own(link, keys, entries)
+        if link.evidence == Evidence.WORDS or (
+            not owned
+            and (link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT))
+        ):
             sure.add(link)
             continue
-        if not closed or link.doubted:
+        if not (closed and link.evidence) or link.doubted or owned:
             continue
         row = any(
             len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})
             for places, together in link.rows.items()
         )
-        known = any(w in entries.words for w in a - LEAVES) or any(w in keys.words for w in b - LEAVES)
+        a, b = _unexplained(link, keys, entries)
+        known_there = any(entries.says(_around(link.entry.path, link.place[1]), w, link.entry) for w in a)
+        known_here = any(keys.says(_around(link.key.path, link.place[0]), w, link.key) for w in b)
+        known = known_there or known_here
         if (
             (some and not (a and b) and not known)
+            or (not (some and known) and spelled_alike(a, b))
+            or (some and len(affixes[link.extra]) > 1 and not (known_there and known_here))
             or (
                 (row or len(repeats[link.extra]) > 1)
                 and not _strays(link, there, back)
@@ -74,6 +84,27 @@ def judged(
         ) and not crossed[link.key.path[:-1], link.entry.path[:-1]]:
             sure.add(link)
     return sure
+
+
+def _around(path: Path, place: Path) -> Path:
+    """The list item that a tensor stands in, or the place where it was looked for, whichever is the narrower."""
+    depth = max((i + 1 for i in index_positions(path[:-1])), default=0)
+    return path[: max(depth, len(place))]
+
+
+def _unexplained(link: Link, keys: Side, entries: Side) -> Extra:
+    """The extra words that the other's whole path does not say either: `self_attn.sink` is `attention_sink`."""
+    out = []
+    for words, side, other in ((link.extra[0], entries, link.entry), (link.extra[1], keys, link.key)):
+        said = {word for segment in other.path for word in side.lexicon.content(segment)}
+        out.append(words - LEAVES - said)
+    return out[0], out[1]
+
+
+def _both_own(link: Link, keys: Side, entries: Side) -> bool:
+    """Whether each side has all segments in which the two differ, so that each has its own partner."""
+    a, b = set(link.key.path), set(link.entry.path)
+    return bool(a - b) and bool(b - a) and a - b <= entries.segments and b - a <= keys.segments
 
 
 def _swapped(link: Link, keys: Side, entries: Side) -> bool:
@@ -113,7 +144,7 @@ def _crossed(row: Sequence[Link]) -> bool:
 def _rare(link: Link, keys: Side, entries: Side) -> bool:
     """Whether one name is the end of the other, and starts with a segment that either side has once."""
     a, b = link.key.path, link.entry.path
-    if "" not in {leaf for leaf, _ in link.key.tensors} or a[-1] != b[-1] or len(keys.lexicon.segment(a[-1])) < 3:
+    if "" not in {leaf for leaf, _ in link.key.tensors} or a[-1] != b[-1] or len(a[-1].split("_")) < 3:
         short, long = sorted((a, b), key=len)
         if long[len(long) - len(short) :] != short:
             return False

@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import Item, fit
-from warmstart.mapping.suggesting.matching import Side, order_agrees
+from warmstart.mapping.suggesting.matching import Side, order_agrees, spread_apart
 from warmstart.mapping.suggesting.place_words import Modules, PlaceWords, turn_of
 from warmstart.mapping.suggesting.templates import Path, Place, numbered
 from warmstart.mapping.suggesting.vocabulary import Phrase
@@ -189,7 +189,9 @@ class Linker:
         self.entries_left.discard(y)
         a, b = words.said(x), words.said(y)
         extra = a - b, b - a
-        if a and a == b and order_agrees(self.keys, x.path, self.entries, y.path):
+        if spread_apart(self.keys, x.path, self.entries, y.path):
+            evidence = Evidence.ELIMINATION
+        elif a and a == b and order_agrees(self.keys, x.path, self.entries, y.path):
             evidence = Evidence.WORDS
         elif numbers:
             evidence = Evidence.NUMBERS

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from warmstart.mapping.derivations import Shape
-from warmstart.mapping.suggesting.templates import Path, Place, Template, numbered
+from warmstart.mapping.suggesting.indices import spread
+from warmstart.mapping.suggesting.items import Item
+from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 Bag = tuple[str, ...]
@@ -46,18 +49,33 @@ class Side:
     words: Counter[str] = field(default_factory=Counter)
     tails: dict[Template, list[Bag]] = field(default_factory=dict)
     families: dict[tuple[Path, str], set[int]] = field(default_factory=lambda: defaultdict(set))
+    children: dict[Path, set[str]] = field(default_factory=lambda: defaultdict(set))
+    saying: dict[str, list[Template]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         for template in self.templates:
             self.segments.update(template.path)
-            self.words.update(word for segment in template.path for word in self.lexicon.content(segment))
+            words = [word for segment in template.path for word in self.lexicon.content(segment)]
+            self.words.update(words)
+            for word in dict.fromkeys(words):
+                self.saying[word].append(template)
             for depth, segment in enumerate(template.path):
+                self.children[template.path[:depth]].add(segment)
                 stem, number = numbered(segment)
                 if number is not None:
                     self.families[template.path[:depth], stem].add(number)
             self.paths.update(template.path[:i] for i in range(len(template.path) + 1))
             self.tails[template] = list(_tails(template.path, self.lexicon))
         self.parents.update(path[-1] for path in self.paths if path)
+
+    def says(self, place: Path, word: str, item: Item) -> bool:
+        """Whether another tensor below a place says a word, in the same items of lists as one does."""
+        lists = len(index_positions(place))
+        there = {indices[:lists] for t in item.tensors.values() for indices in t.names}
+        return any(
+            t.path[: len(place)] == place and any(indices[:lists] in there for indices in t.names)
+            for t in self.saying.get(word, ())
+        )
 
 
 def _tails(path: Path, lexicon: Lexicon) -> Iterator[Bag]:
@@ -125,17 +143,57 @@ def order_agrees(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
 
 def _numbers_agree(keys: Side, key: Template, start: int, entries: Side, entry: Template, other: int) -> bool:
     """Whether numbers in unlike segments count from the same start: `conv1` of `conv1..3` is not `convs.1` of `convs.0..2`."""
-    a, b = _numbers(keys, key, start), _numbers(entries, entry, other)
-    return all(x[1] == y[1] or (x[0] == y[0] and x[2] == y[2]) for x, y in zip(a, b, strict=False))
+    both = list(zip(_numbers(key.path, start), _numbers(entry.path, other), strict=False))
+    return all(
+        x.segment == y.segment or (x.number == y.number and min(keys.families[x.row]) == min(entries.families[y.row]))
+        for x, y in both
+    ) and not any(_spread_apart(keys, x, entries, y) for x, y in both)
 
 
-def _numbers(side: Side, template: Template, start: int) -> list[tuple[int, str, int]]:
-    """Of each number in a tail: the number, its segment, and the first number of its row of siblings."""
+def spread_apart(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
+    """Whether a number of two paths may be another's, as one side has fewer of its row, and names beside it instead."""
+    there = {(y.segment, len(entry) - y.depth): y for y in _numbers(entry, 0)}
+    return any(
+        _spread_apart(keys, x, entries, there[x.segment, len(key) - x.depth])
+        for x in _numbers(key, 0)
+        if (x.segment, len(key) - x.depth) in there
+    )
+
+
+def _spread_apart(keys: Side, x: _Number, entries: Side, y: _Number) -> bool:
+    a, b = keys.families[x.row], entries.families[y.row]
+    if a == b or x.stem or y.stem:
+        return False
+    here, there = (*x.parent, x.segment), (*y.parent, y.segment)
+    return spread(len(a - b), entries.children, there, keys.children, here) or spread(
+        len(b - a), keys.children, here, entries.children, there
+    )
+
+
+class _Number(NamedTuple):
+    """A number in a path, with its segment, what stands before it there, and the path above."""
+
+    number: int
+    segment: str
+    stem: str
+    parent: Path
+
+    @property
+    def depth(self) -> int:
+        return len(self.parent)
+
+    @property
+    def row(self) -> tuple[Path, str]:
+        return self.parent, self.stem
+
+
+def _numbers(path: Path, start: int) -> list[_Number]:
+    """Each number in a tail."""
     out = []
-    for depth in range(start, len(template.path)):
-        stem, number = numbered(template.path[depth])
+    for depth in range(start, len(path)):
+        stem, number = numbered(path[depth])
         if number is not None:
-            out.append((number, template.path[depth], min(side.families[template.path[:depth], stem])))
+            out.append(_Number(number, path[depth], stem, path[:depth]))
     return sorted(out)
 
 

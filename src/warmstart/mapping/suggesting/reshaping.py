@@ -96,7 +96,7 @@ def _pairs(a: Mapping[Words, list[_Side]], b: Mapping[Words, list[_Side]], less:
 def _transposed(a: Mapping[Words, list[_Side]], b: Mapping[Words, list[_Side]]) -> Iterator[Reshaping]:
     for key, entry in _pairs(a, b, ""):
         shape = key.template.shape
-        if len(shape) == 2 and shape[::-1] == entry.template.shape and key.names.keys() == entry.names.keys():
+        if len(shape) == 2 and shape != shape[::-1] == entry.template.shape and key.names.keys() == entry.names.keys():
             mapping = {name: (key.names[indices],) for indices, name in entry.names.items()}
             yield Reshaping(_conversion([key], [entry], Transpose(0, 1)), mapping, "the shape is transposed")
 

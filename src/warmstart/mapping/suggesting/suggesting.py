@@ -94,10 +94,12 @@ def suggest_rules(
         found.guesses = [g for g in found.guesses if not refuted(g, sides.keys, sides.entries, checkpoint)]
     patterns = PatternSet(accept, where="accept")
     open_guesses, open_made = _accepted(found, made, patterns, sides)
-    ruled, mapping = _ruled(targets, pretrained, checkpoint, found, [r for r in made if r not in open_made], sides)
+    ruled, mapping, withheld = _ruled(
+        targets, pretrained, checkpoint, found, [r for r in made if r not in open_made], sides
+    )
     proposed = [_guessed(guess, mapping, sides) for guess in open_guesses]
     proposed += [Proposal(_named(r, sides), (), r.why, r.doubt) for r in open_made]
-    return _suggestion(ruled, mapping, [p for p in proposed if p.mapping], sides, checkpoint, model)
+    return _suggestion(ruled, mapping, [p for p in proposed if p.mapping], sides, checkpoint, model, withheld)
 
 
 def _sides(plan: PartPlan, targets: Targets) -> _Sides:
@@ -177,8 +179,8 @@ def _ruled(
     found: Inference,
     made: Sequence[Reshaping],
     sides: _Sides,
-) -> tuple[Pretrained, Pairs]:
-    """The rules of what is sure, and what a plan makes of them; what it does not confirm is left out."""
+) -> tuple[Pretrained, Pairs, tuple[str, ...]]:
+    """The rules of what is sure, what a plan makes of them, and the equal names they leave out because they are not."""
     wanted = _spelled(found.sure, sides)
     for reshaping in made:
         wanted.update(_named(reshaping, sides))
@@ -187,7 +189,8 @@ def _ruled(
     rename = {} if prefix else _renames(found)
     ruled = dataclasses.replace(pretrained, strip_prefix=prefix, rename=rename, convert=conversions)
     plan = plan_part(0, ruled, checkpoint, targets, 1)
-    if extra := plan.assigned.keys() - wanted.keys():  # equal names that are not sure: the rules leave them out
+    extra = plan.assigned.keys() - wanted.keys()
+    if extra:  # equal names that are not sure: the rules leave them out
         others = [target.clean for name, target in targets.entries.items() if name not in extra]
         patterns = covering([targets.entries[name].clean for name in sorted(extra)], others)
         ruled = dataclasses.replace(ruled, exclude=[*_listed(pretrained.exclude), *patterns])
@@ -195,7 +198,7 @@ def _ruled(
     mapping = {name: key.sources for name, key in plan.assigned.items() if key.sources == wanted.get(name)}
     if lost := [r for r in made if not mapping.keys() >= _named(r, sides).keys()]:
         return _ruled(targets, pretrained, checkpoint, found, [r for r in made if r not in lost], sides)
-    return ruled, mapping
+    return ruled, mapping, tuple(sorted(extra))
 
 
 def _named(reshaping: Reshaping, sides: _Sides) -> Pairs:
@@ -226,6 +229,7 @@ def _suggestion(
     sides: _Sides,
     checkpoint: Checkpoint,
     model: nn.Module,
+    withheld: tuple[str, ...],
 ) -> Suggestion:
     explained = {**mapping, **{e: k for p in proposed for e, k in p.mapping.items()}}
     used = {key for keys in explained.values() for key in keys}
@@ -241,7 +245,7 @@ def _suggestion(
         sum(key_sizes.get(key, 0) for key in loaded) / max(1, sum(key_sizes.values())),
         sum(entry_sizes.get(name, 0) for name in mapping) / max(1, sum(entry_sizes.values())),
     )
-    return Suggestion(ruled, mapping, tuple(proposed), left, coverage, type(model).__name__)
+    return Suggestion(ruled, mapping, tuple(proposed), left, coverage, type(model).__name__, withheld)
 
 
 def _guessed(guess: Guess, mapping: Pairs, sides: _Sides) -> Proposal:

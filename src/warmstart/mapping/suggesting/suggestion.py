@@ -65,6 +65,8 @@ class Suggestion:
         unexplained: The names of both sides that nothing explains.
         coverage: The shares of both sides that the sure rules explain.
         model_name: The model's class.
+        withheld: Entries to which a key of the same name and shape would go, although nothing is sure of it; the rules
+            `exclude` them, so that only what is sure is loaded.
     """
 
     pretrained: Pretrained
@@ -73,6 +75,7 @@ class Suggestion:
     unexplained: Unexplained
     coverage: Coverage
     model_name: str
+    withheld: tuple[str, ...] = ()
 
     def to_yaml(self) -> str:
         """The fields of `pretrained` as YAML, as every host takes them; proposals and what is open are comments."""
@@ -103,6 +106,12 @@ class Suggestion:
 
     def _open(self) -> list[str]:
         out: list[str] = []
+        if self.withheld:
+            out.append(
+                f"left out by exclude, although a key has the same name and shape ({len(self.withheld):,}): other names "
+                "say that it may be another tensor; take it out of exclude to load it"
+            )
+            out += listed(((name, "") for name in self.withheld), limit=_SHOWN, indent="  ").split("\n")
         if self.proposed:
             out.append(
                 f"proposed, not applied; to take one: accept=[...] with patterns of its entries ({len(self.proposed)})"

@@ -17,6 +17,7 @@ Place = tuple[Path, Path]  # a path of the checkpoint and the one of the model t
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 _STEM = re.compile(r"(.*[^0-9])(0|[1-9][0-9]{0,8})")
 _ALIKE = 0.6  # share of a list's tensors that have the shape most items have at that place
+_HALF = 0.5  # and more than this share of its matrices
 _LIST = 4  # items from which bare layers are a list; fewer are a row of different ones (`mlp.0`, `mlp.2`)
 _STEMS = 3  # items from which numbered names (`block1`, `block2`, ...) are a list
 
@@ -138,5 +139,15 @@ def _alike(stem: str, children: Mapping[int, list[tuple[Path, Shape]]]) -> bool 
         for rest, shape in tails:
             tail = tuple(INDEX if _NUMBER.fullmatch(segment) else segment for segment in rest)
             by_tail[tail][shape] += 1
-    total = sum(sum(counts.values()) for counts in by_tail.values())
-    return sum(max(counts.values()) for counts in by_tail.values()) >= _ALIKE * total
+    return _share(by_tail.values()) >= _ALIKE and _share(_matrices(by_tail.values())) > _HALF
+
+
+def _matrices(counts: Iterable[Counter[Shape]]) -> list[Counter[Shape]]:
+    """Vectors are as long in layers of unlike maps: it is matrices that tell whether layers are alike."""
+    return [Counter({shape: n for shape, n in found.items() if len(shape) > 1}) for found in counts]
+
+
+def _share(counts: Iterable[Counter[Shape]]) -> float:
+    """The share of tensors that have the shape which most items have at their place; 1 of none."""
+    found = [c for c in counts if c]
+    return sum(max(c.values()) for c in found) / sum(map(Counter.total, found)) if found else 1.0

@@ -39,12 +39,30 @@ SYNONYMS = (
     ),
     Synonym(("attention", "attn", "att", "mha"), "an abbreviation", "timm; llama; fairseq"),
     Synonym(
-        ("norm", "layernorm", "layer norm", "ln", "rmsnorm", "rms norm", "normalization"),
+        ("norm", "layernorm", "layer norm", "ln", "rmsnorm", "rms norm", "normalization", "layrnorm"),
         "a normalisation layer",
-        "all",
+        "all; `layrnorm` is transformers' spelling in CLIP",
     ),
     Synonym(
-        ("mlp", "ffn", "feed forward", "feedforward"), "the position-wise network of a block", "timm; llama; OpenNMT"
+        ("mlp", "ffn", "ff", "feed forward", "feedforward"),
+        "the position-wise network of a block",
+        "timm; llama; OpenNMT; OLMo",
+    ),
+    Synonym(
+        ("e score correction bias", "expert bias", "router bias"),
+        "what balances the load of a router's experts",
+        "transformers DeepSeek-V3; Megatron; dots",
+    ),
+    Synonym(
+        ("layer scale", "ls", "layerscale", "layer scale parameter", "lambda", "gamma"),
+        "the gain of a branch",
+        "timm; DINOv2 and its transformers port; BEiT; ConvNeXt",
+    ),
+    Synonym(("register", "storage"), "tokens beside the patches", "DINOv2 and its transformers port; DINOv3"),
+    Synonym(
+        ("cross attention", "cross attn", "encoder attention", "encoder attn"),
+        "attention to another sequence",
+        "whisper; fairseq; transformers BART",
     ),
     Synonym(("embed", "embedding", "emb", "embedder"), "an abbreviation", "all"),
     Synonym(("position", "pos", "positional"), "an abbreviation", "timm; CLIP"),
