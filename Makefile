@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs bench bench-check clean
 
 demo: $(READY)
 	$(BIN)/python examples/lightning_image_finetune.py
@@ -18,6 +18,14 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo build/site/index.html
+
+# Two of the peers are optional; without them the others are measured.
+bench: $(READY)
+	-$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt fastsafetensors runai-model-streamer
+	$(BIN)/python benchmarks/loading.py --write
+
+bench-check: $(READY)
+	$(BIN)/python benchmarks/loading.py --quick --check
 
 clean:
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist runs lightning_logs

@@ -82,7 +82,7 @@ def weights(build: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) 
     state = {}
     for name, entry in on_meta(build).state_dict().items():
         count = entry.numel()
-        values = table.repeat(-(-count // table.numel()))[:count]
+        values = table.repeat(-(-count // table.numel()))[:count] if count > table.numel() else table[:count].clone()
         values[0] = len(state)
         state[name] = values.view(entry.shape)
     return state

@@ -8,11 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from warmstart.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from warmstart.checkpoints.leaves import MappedFile
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
@@ -107,6 +111,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def _read(self, key: str, index: Index | None) -> Tensor:
         """One tensor, or a slice of it, on the CPU. May share memory with the source: callers do not write to it."""
+
+    def mapped(self, key: str) -> MappedFile | None:
+        """The mapped file that `read` gives a view of, for this key, without a copy; None where it makes a tensor anew."""
+        return None
 
     @property
     def at_hand(self) -> Checkpoint | None:

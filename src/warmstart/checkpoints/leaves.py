@@ -198,6 +198,13 @@ class LeafCheckpoint(Checkpoint):
     def leaves(self) -> Iterable[tuple[str, Leaf]]:
         return self._leaves.items()
 
+    def mapped(self, key: str) -> MappedFile | None:
+        leaf = self._leaves[key]
+        if not isinstance(leaf, StridedLeaf) or type(leaf.source) is not MappedFile:
+            return None
+        changes = leaf.swapped or leaf.conjugate or leaf.negative or leaf.start % leaf.dtype.itemsize
+        return None if changes else leaf.source
+
     def _read(self, key: str, index: Index | None) -> Tensor:
         return self._leaves[key].read(index)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from warmstart.checkpoints.leaves import MappedFile
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.derivations import Derivation
 from warmstart.mapping.plan import Plan
@@ -73,6 +74,14 @@ class Values:
     def planned(self, assignment: Assignment, current: Shard) -> Tensor:
         """What an entry that holds `current` should hold here, in the dtype the plan gives it, on the CPU."""
         return as_planned(self.needed(assignment, current), assignment, current)
+
+    def mapped(self, assignment: Assignment, current: Shard) -> MappedFile | None:
+        """The file of which `planned` gives a view, bit for bit as it lies there; None where a value is made for the entry."""
+        if current.region is not None or assignment.adapter or assignment.conversion or assignment.fill is not None:
+            return None
+        if assignment.cast is not None or (assignment.part, assignment.sources[0]) in self._copies:
+            return None
+        return self.plan.parts[assignment.part].checkpoint.mapped(assignment.sources[0])
 
     def needed(self, assignment: Assignment, current: Shard) -> Tensor:
         """What of the source `as_planned` makes the value from: all of it for an adapter, else what is held here."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from warmstart.errors import CheckpointError, VerificationError
 from warmstart.loading.masters import is_stale
+from warmstart.loading.moving import Mover, is_plain
 from warmstart.loading.values import Digests, Values, as_planned, together, written
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan, Verify
@@ -25,8 +26,8 @@ class Difference:
     what: str
 
 
-def verify_written(plan: Plan, values: Values, verify: Verify) -> list[str]:
-    """Compare every entry with its source, right after writing.
+def verify_written(plan: Plan, values: Values, verify: Verify, mover: Mover) -> list[str]:
+    """Compare every entry with its source, right after writing; those that `mover` compared as it went are not read again.
 
     Returns:
         Notes on what was met: non-finite values.
@@ -41,6 +42,12 @@ def verify_written(plan: Plan, values: Values, verify: Verify) -> list[str]:
     for assignment in written(plan):
         target = plan.targets.entries[assignment.target]
         shard = shard_of(target.tensor)
+        if assignment.target in mover.compared:
+            if assignment.target in mover.different:
+                wrong.append(Difference(assignment.target, "was written and reads back differently"))
+            if assignment.target in mover.infinite and _non_finite(shard.local):
+                odd.append(assignment.target)
+            continue
         source = values.needed(assignment, shard)
         expected = as_planned(source, assignment, shard)
         canonical = target.canonical
@@ -91,8 +98,10 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
             raise CheckpointError(f"{what}; the model's values cannot be compared with it any more: put the file back")
     live = Live(model)
     values = Values(plan)
+    mover = Mover(copy=False, compare=True)
     keys = {a.target: a for a in plan.assignments}
     compared: set[int] = set()
+    other: set[str] = set()
     for assignment in together(plan.assignments):
         name = assignment.target
         target = plan.targets.entries[name]
@@ -109,14 +118,21 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
             if bits_lost(expected.dtype, tensor.dtype) and not plan.parts[source.part].pretrained.allow_narrowing:
                 out.append(Difference(name, f"was cast to {tensor.dtype}, which allow_narrowing=False forbids"))
                 continue
+            file = values.mapped(source, shard) if verify == "full" else None
+            if file is not None and is_plain(shard.local, expected) and not is_stale(tensor):
+                mover.add(name, shard.local, expected, file)
+                continue
             same = _same(shard.local, expected, verify)
         if not same:
-            out.append(Difference(name, "has other values"))
+            other.add(name)
         elif is_stale(tensor):
             out.append(
                 Difference(name, "is right, but the optimizer's fp32 copy of it is not, and its next step writes that")
             )
-    return out
+    with mover:
+        pass
+    other |= mover.different
+    return out + [Difference(a.target, "has other values") for a in plan.assignments if a.target in other]
 
 
 def raise_differences(wrong: list[Difference], when: str) -> None:

@@ -14,6 +14,7 @@ from warmstart.errors import CheckpointError, VerificationError
 from warmstart.loading.agreement import raised_on_all
 from warmstart.loading.inert import inert_adapters
 from warmstart.loading.materialising import materialise, needs_memory
+from warmstart.loading.moving import Mover, is_plain
 from warmstart.loading.preflight import preflight
 from warmstart.loading.relaying import in_step
 from warmstart.loading.values import Digests, Values, loaded_here, written
@@ -60,29 +61,35 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
         values.secure()
         preflight(plan, values)
     result = Written(verify)
-    done: list[str] = []
+    mover = Mover(copy=True, compare=verify == "full")
+    done = mover.done
     begun = False
     reshard(plan.model)
     try:
         with in_step(plan), torch.no_grad():
             if begun := needs_memory(plan):
                 result.notes += materialise(plan)
-            for assignment in written(plan):
-                target = plan.targets.entries[assignment.target]
-                shard = shard_of(target.tensor)
-                value = values.planned(assignment, shard)
-                others = plan.targets.groups.get(target.canonical, [])
-                _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
-                done.append(assignment.target)
-                if assignment.fill is None and not plan.parts[assignment.part].checkpoint.lasting:
-                    mask = loaded_here(assignment, shard) if assignment.keeps else None
-                    result.digests.keep(assignment.target, value, mask)
-            result.notes += verify_written(plan, values, verify)
+            with mover:
+                for assignment in written(plan):
+                    target = plan.targets.entries[assignment.target]
+                    shard = shard_of(target.tensor)
+                    value = values.planned(assignment, shard)
+                    others = plan.targets.groups.get(target.canonical, [])
+                    file = values.mapped(assignment, shard)
+                    if file is not None and not others and is_plain(shard.local, value):
+                        mover.add(assignment.target, shard.local, value, file)
+                        continue
+                    _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
+                    done.append(assignment.target)
+                    if assignment.fill is None and not plan.parts[assignment.part].checkpoint.lasting:
+                        mask = loaded_here(assignment, shard) if assignment.keeps else None
+                        result.digests.keep(assignment.target, value, mask)
+            result.notes += verify_written(plan, values, verify, mover)
     except VerificationError as error:
         error.report = result
         raise
     except Exception as error:
-        if not begun and not done:
+        if not begun and not mover.begun and not done:
             raise
         total = sum(1 for _ in written(plan))
         names = ", ".join(printable(name) for name in done[:8]) + (", ..." if len(done) > 8 else "")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from warmstart.checkpoints import jsons
 from warmstart.checkpoints.base import Checkpoint, FileStamp, Index, TensorInfo
-from warmstart.checkpoints.leaves import counted, listed, shown
+from warmstart.checkpoints.leaves import MappedFile, counted, listed, shown
 from warmstart.checkpoints.places import snapshot_of
 from warmstart.errors import CheckpointError
 
@@ -55,6 +55,9 @@ class ShardedCheckpoint(Checkpoint):
             notes=notes,
         )
         self._shards = {key: shards[name] for key, name in weight_map.items()}
+
+    def mapped(self, key: str) -> MappedFile | None:
+        return self._shards[key].mapped(key)
 
     def _read(self, key: str, index: Index | None) -> Tensor:
         return self._shards[key].read(key, index)

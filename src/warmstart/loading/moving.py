@@ -1,0 +1,147 @@
+"""Bytes from mapped files into the model's memory, or compared with it: in chunks that fit a processor's cache, by threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from warmstart.checkpoints.leaves import MappedFile
+from warmstart.tensors import wide_words
+
+# Words: below the size from which torch would start threads of its own, and within a core's cache.
+_CHUNK = 30_720
+_BATCH = 8 << 20  # bytes that a thread takes at a time
+
+
+class _Piece(NamedTuple):
+    """A run of an entry's elements, flat: where they go and where they lie."""
+
+    name: str
+    to: Tensor
+    source: Tensor
+    file: MappedFile
+
+
+class Mover:
+    """Copies and compares what lies plainly in mapped files; a context, at whose end all of it is done.
+
+    Attributes:
+        begun: Whether anything was moved, be it part of an entry.
+        done: Names of the entries that were moved.
+        compared: Names of the entries that were compared with the file.
+        different: Names of the entries that do not hold what the file does.
+        infinite: Names of the entries in which a value may be NaN or infinite.
+    """
+
+    def __init__(self, *, copy: bool, compare: bool) -> None:
+        self.begun = False
+        self.done: list[str] = []
+        self.different: set[str] = set()
+        self.infinite: set[str] = set()
+        self._copy = copy
+        self._lock = Lock()
+        self._compare = compare
+        self._batch: list[_Piece] = []
+        self._bytes = 0
+        self.compared: set[str] = set()
+        self._left: dict[str, int] = {}
+        self._futures: list[Future[None]] = []
+        # As many as torch computes with here: where processes share a machine, they were told to share its cores.
+        threads = min(torch.get_num_threads(), 8)
+        self._pool = ThreadPoolExecutor(threads, "warmstart") if threads > 1 else None
+
+    def add(self, name: str, tensor: Tensor, value: Tensor, file: MappedFile) -> None:
+        """Copy `value`, which lies in `file`, into `tensor`, and compare them, as was asked for: now or soon.
+
+        Raises:
+            CheckpointError: The file has become shorter.
+        """
+        pieces = list(_pieces(name, tensor.detach(), value, file))
+        self._left[name] = len(pieces)
+        if self._compare:
+            self.compared.add(name)
+        for piece in pieces:
+            self._batch.append(piece)
+            self._bytes += piece.to.nbytes
+            if self._bytes >= _BATCH:
+                self._send()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._send()
+                for future in self._futures:
+                    future.result()
+        finally:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+
+    def _send(self) -> None:
+        batch, self._batch, self._bytes = self._batch, [], 0
+        if self._pool is None:
+            self._run(batch)
+        elif batch:
+            self._futures.append(self._pool.submit(self._run, batch))
+
+    def _run(self, batch: list[_Piece]) -> None:
+        for piece in batch:
+            piece.file.check()
+            self.begun = True
+            self._move(piece)
+            with self._lock:
+                self._left[piece.name] -= 1
+                if not self._left[piece.name]:
+                    self.done.append(piece.name)
+
+    def _move(self, piece: _Piece) -> None:
+        to, source = wide_words(piece.to, piece.source)
+        if not self._compare:
+            for a, b in zip(torch.split(to, _CHUNK), torch.split(source, _CHUNK), strict=True):
+                a.copy_(b)
+            return
+        for a, b in zip(torch.split(to, _CHUNK), torch.split(source, _CHUNK), strict=True):
+            if self._copy:
+                a.copy_(b)
+            if not torch.equal(a, b):
+                self.different.add(piece.name)
+        if self._copy and not _surely_finite(piece.to):
+            self.infinite.add(piece.name)
+
+
+def _surely_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return not tensor.is_complex()
+    # A finite sum has finite terms; types of one byte have no sum.
+    return tensor.element_size() > 1 and math.isfinite(tensor.sum().item())
+
+
+def _pieces(name: str, tensor: Tensor, value: Tensor, file: MappedFile) -> Iterator[_Piece]:
+    step = _BATCH // tensor.element_size()
+    for to, source in zip(torch.split(tensor.view(-1), step), torch.split(value.view(-1), step), strict=True):
+        yield _Piece(name, to, source, file)
+
+
+def is_plain(tensor: Tensor, value: Tensor) -> bool:
+    """Whether an entry is a piece of this machine's memory that a value of the same bytes can be copied to as it is."""
+    return (
+        type(tensor) in {Tensor, nn.Parameter}
+        and tensor.dtype == value.dtype
+        and tensor.shape == value.shape
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and bool(tensor.numel())
+        and tensor.is_contiguous()
+        and value.is_contiguous()
+    )

@@ -1,0 +1,145 @@
+"""Copying from mapped files by threads: the same bits, the same findings and the same errors as one tensor at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import warmstart
+from warmstart.loading import moving
+from warmstart.loading.moving import Mover
+from warmstart.tensors import same_bits
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool,
+          torch.complex64, torch.float8_e4m3fn]  # fmt: skip
+
+
+class Entries(nn.Module):
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in state.items():
+            self.register_buffer(name, torch.zeros_like(tensor))
+
+
+def odd_sizes(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Sizes around a chunk and a batch, at offsets that are no multiples of eight."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"a": 1, "b": 3, "c": moving._CHUNK - 1, "d": moving._CHUNK + 1, "e": 70_001, "f": 0, "g": 5}
+    return {
+        name: torch.randint(0, 2, (size,), generator=generator).to(torch.float32).to(dtype)
+        for name, size in sizes.items()
+    }
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    monkeypatch.setattr(moving, "_BATCH", 1 << 16)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("verify", ["full", "sample", "off"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_and_size_arrives_bit_for_bit(tmp_path, dtype, verify):
+    state = odd_sizes(dtype)
+    save_file(state, tmp_path / "w.safetensors")
+    model = Entries(state)
+    report = warmstart.load(model, tmp_path / "w.safetensors", verify=verify)
+    assert all(same_bits(getattr(model, name), tensor) for name, tensor in state.items())
+    assert not any("non-finite" in note for note in report.notes)
+    report.check(model)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_nan_equals_itself_and_is_counted(tmp_path, dtype):
+    state = odd_sizes(dtype)
+    for name in ("b", "e"):
+        wide = state[name].to(torch.complex64 if dtype.is_complex else torch.float32, copy=True)
+        wide[-1] = float("nan")
+        state[name] = wide.to(dtype)
+    save_file(state, tmp_path / "w.safetensors")
+    model = Entries(state)
+    report = warmstart.load(model, tmp_path / "w.safetensors")
+    assert "2 loaded tensors hold non-finite values: b, e" in report.notes
+    report.check(model)
+
+
+@pytest.mark.usefixtures("threads")
+def test_one_bit_in_the_last_chunk_is_found_at_the_check(tmp_path):
+    state = odd_sizes(torch.float32)
+    save_file(state, tmp_path / "w.safetensors")
+    model = Entries(state)
+    report = warmstart.load(model, tmp_path / "w.safetensors")
+    model.e.view(torch.int32)[-1] ^= 1
+    model.a.neg_()
+    with pytest.raises(warmstart.VerificationError) as caught:
+        report.check(model)
+    assert set(caught.value.tensors) == {"a", "e"}
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_write_that_went_wrong_is_found_right_after_it(tmp_path, monkeypatch):
+    state = odd_sizes(torch.float32) | {"g": torch.ones(5)}
+    save_file(state, tmp_path / "w.safetensors")
+    real = moving.wide_words
+
+    class Stuck(torch.Tensor):
+        """Memory that keeps what it holds, whatever is copied to it."""
+
+        def copy_(self, *_: object) -> Stuck:
+            return self
+
+    def stuck(to: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = real(to, source)
+        return (a.as_subclass(Stuck) if to.numel() == 5 else a), b
+
+    monkeypatch.setattr(moving, "wide_words", stuck)
+    with pytest.raises(warmstart.VerificationError, match=r"g +was written and reads back differently"):
+        warmstart.load(Entries(state), tmp_path / "w.safetensors")
+
+
+def test_a_file_that_shrinks_is_an_error_that_names_what_was_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(moving, "_BATCH", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    state = {"a": torch.ones(4), "b": torch.ones(4)}
+    path = tmp_path / "w.safetensors"
+    save_file(state, path)
+    model = Entries(state)
+    plan = warmstart.plan(model, path)
+    add = Mover.add
+
+    def then_shrink(self, name, tensor, value, file):
+        add(self, name, tensor, value, file)
+        with path.open("r+b") as opened:
+            opened.truncate(8)
+
+    monkeypatch.setattr(Mover, "add", then_shrink)
+    with pytest.raises(warmstart.CheckpointError, match="1 of 2 entries had been written by then") as caught:
+        plan.apply()
+    assert caught.value.written == ("a",)
+    assert caught.value.report.status == "failed"
+
+
+def test_an_entry_of_which_only_a_part_was_written_is_no_untouched_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(moving, "_BATCH", 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    save_file({"a": torch.ones(4)}, tmp_path / "w.safetensors")
+    model = Entries({"a": torch.ones(4)})
+    pieces = moving._pieces
+
+    def then_gone(*args):
+        first, second = pieces(*args)
+        yield first
+        yield second._replace(file=Gone())
+
+    class Gone:
+        def check(self) -> None:
+            raise warmstart.CheckpointError("the file is shorter now")
+
+    monkeypatch.setattr(moving, "_pieces", then_gone)
+    with pytest.raises(warmstart.CheckpointError, match=r"the file is shorter now\n0 of 1 entries .* half loaded"):
+        warmstart.load(model, tmp_path / "w.safetensors")
+    assert model.a.tolist() == [1.0, 1.0, 0.0, 0.0]
