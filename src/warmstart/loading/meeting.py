@@ -85,7 +85,7 @@ class Ranks:
         """How long a rank that is at work is waited for."""
         return datetime.timedelta(seconds=_WORKING * self._limit)
 
-    def store(self, name: str) -> dist.Store:
+    def store(self, name: str) -> dist.distributed_c10d.Store:
         """A part of the store for these ranks alone."""
         return dist.distributed_c10d.PrefixStore(name, self._store)
 
