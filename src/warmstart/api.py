@@ -78,7 +78,7 @@ def load(
         MappingError: Something is not accounted for; the message lists everything, each with the line to type.
         VerificationError: The model does not hold what was written.
         TimingError: The model is wrapped already, or changed since it was planned; or a rank did not come within
-            `WARMSTART_TIMEOUT` seconds (600).
+            `WARMSTART_TIMEOUT` seconds (600, or half of the group's own timeout).
 
     Example:
         >>> report = warmstart.load(model, "bert.safetensors", into="encoder", freeze=True)

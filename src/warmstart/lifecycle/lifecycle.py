@@ -22,7 +22,7 @@ from warmstart.lifecycle.overlap import refuse_overlap
 from warmstart.lifecycle.past import Past, known, remember
 from warmstart.lifecycle.restoring import RestoreWatch
 from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
-from warmstart.loading.agreement import raised_on_all, raised_unless_alike
+from warmstart.loading.agreement import all_here, raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
 from warmstart.mapping.grouping import listed
 from warmstart.mapping.lock import frozen_names
@@ -182,6 +182,7 @@ class Lifecycle:
         """
         self._unwatch()
         with raised_on_all("set up"):
+            all_here("set up")  # a host's own way to plan may have collectives in it
             self._apply(model, beside, optimizers, manifest or {})
         self.watch(model, manifest)
 

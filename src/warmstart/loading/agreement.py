@@ -53,6 +53,17 @@ def failing_on_all(step: str, group: ProcessGroup | None = None, hint: str = "")
         raise  # not reached: a meeting with an error raises
 
 
+def all_here(step: str, group: ProcessGroup | None = None) -> None:
+    """Wait for every rank, before anything that would hang without one of them.
+
+    Raises:
+        TimingError: A rank did not come.
+    """
+    ranks = Ranks.of(group)
+    if ranks is not None:
+        ranks.meet(step)
+
+
 def agree(plan: Plan, group: ProcessGroup | None, **call: str) -> None:
     """Make sure that all ranks have the same plan, model and checkpoint before anything is written.
 

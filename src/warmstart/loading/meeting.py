@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import socket
 import time
@@ -52,7 +53,7 @@ class Ranks:
         self.members = tuple(dist.get_process_group_ranks(group))
         self._name = f"warmstart/{group.group_name}/{'-'.join(_spans(self.members))}"
         self._store = dist.distributed_c10d.PrefixStore(self._name, dist.distributed_c10d._get_default_store())
-        self._limit = _limit()
+        self._limit = _limit(_own_timeout(group))
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None = None) -> Ranks | None:
@@ -274,10 +275,20 @@ def _text(path: str) -> str:
         return ""
 
 
-def _limit() -> float:
+def _own_timeout(group: dist.ProcessGroup) -> float:
+    """Seconds after which the group's own collectives give up; infinite where it does not say."""
+    for device in group._device_types:
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if timeout is not None:
+            return float(timeout.total_seconds())
+    return math.inf
+
+
+def _limit(group_timeout: float = math.inf) -> float:
+    """How long a rank that does not come is waited for: not so long that those who wait for us elsewhere give up first."""
     given = os.environ.get(TIMEOUT_VARIABLE)
     try:
-        seconds = TIMEOUT_SECONDS if given is None else float(given)
+        seconds = min(TIMEOUT_SECONDS, group_timeout / 2) if given is None else float(given)
     except ValueError:
         seconds = 0.0
     if not seconds > 0:

@@ -80,7 +80,7 @@ class Plan(Buckets, Generic[R]):
                 model is untouched.
             CheckpointError: The source changed since it was planned, cannot be read, or is not the same on all ranks.
             VerificationError: The model does not hold what was written.
-            TimingError: A rank did not come within `WARMSTART_TIMEOUT` seconds (600).
+            TimingError: A rank did not come within `WARMSTART_TIMEOUT` seconds (600, or half of the group's own timeout).
         """
         return self.applier(self, verify=verify, read=read, group=group)
 
