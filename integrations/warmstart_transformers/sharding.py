@@ -15,12 +15,15 @@ from warmstart.mapping.grouping import listed
 
 def is_sharding() -> bool:
     """Whether the `Trainer` that was built last shards its model, or averages its gradients, by FSDP or DeepSpeed."""
-    return AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    return trains_by_deepspeed() or bool(AcceleratorState().distributed_type == DistributedType.FSDP)
 
 
 def trains_by_deepspeed() -> bool:
     """Whether it trains in a DeepSpeed engine, whose optimizer has copies of the parameters."""
-    return bool(AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED)
+    # By its plugin: on CPUs the kind of the processes takes the place of the engine's as soon as somebody asks.
+    state = AcceleratorState._shared_state
+    kind = state.get("distributed_type") == DistributedType.DEEPSPEED
+    return kind or state.get("deepspeed_plugins") is not None
 
 
 def refuse_sharding(args: TrainingArguments) -> None:

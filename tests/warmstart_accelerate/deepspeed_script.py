@@ -12,7 +12,7 @@ import deepspeed
 import loops
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 
 from warmstart import MapRows
@@ -30,7 +30,9 @@ def engine(stage: int, dtype: str = "bf16") -> Accelerator:
     accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     plugin.select(_from_accelerator_state=True)
-    AcceleratorState._shared_state |= {"distributed_type": DistributedType.DEEPSPEED, "deepspeed_plugins": plugin}
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        shared["distributed_type"] = DistributedType.DEEPSPEED
+    AcceleratorState._shared_state["deepspeed_plugins"] = plugin
     return accelerator
 
 

@@ -82,6 +82,14 @@ def test_a_resumed_run_keeps_its_own_also_without_the_file(ranks, run):
             assert rank[run]["status"] == "superseded-by-resume"
 
 
+@pytest.mark.parametrize("run", ["another freeze 3", "another freeze 2"])
+def test_field_note_13_another_freeze_is_our_error_before_deepspeed_s(ranks, run):
+    """Attached; without it DeepSpeed's load raises a `KeyError` with the first name."""
+    for rank in ranks[0]:
+        assert rank[run]["error"] == "FrozenChangedError"
+        assert "bert.embeddings" in rank[run]["message"]
+
+
 @pytest.mark.parametrize("run", ["other values", "other copies"])
 def test_what_rank_1_alone_has_otherwise_is_named_on_both(ranks, run):
     for rank in ranks[0]:
