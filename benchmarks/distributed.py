@@ -1,7 +1,7 @@
 """A large file into a fully sharded model: time, memory and bytes of each rank, beside torch's own loader and accelerate's.
 
-`python benchmarks/distributed.py [GIB]`: two processes with FSDP2 on the CPU, the model on the meta device and sharded. Every
-contestant gets fresh processes, in turns, three times; the file is in the page cache. Linux only: the peak of anonymous
+`python benchmarks/distributed.py [GIB [ROUNDS]]`: two processes with FSDP2 on the CPU, the model on the meta device and
+sharded. Every contestant gets fresh processes, in turns; the file is in the page cache. Linux only: the peak of anonymous
 memory is sampled from /proc. Ends with an error if a rank reads more than 0.55 of the file for `read="local"`, or if its
 memory rises by more than its own shards, the largest tensor and 64 MiB.
 """
@@ -21,7 +21,6 @@ from typing import Any
 
 WORLD = 2
 WIDTH = 4096  # a weight of 64 MiB
-ROUNDS = 3
 CONTESTANTS = {
     "local": 'warmstart, read="local"',
     "broadcast": 'warmstart, read="broadcast"',
@@ -122,7 +121,7 @@ def run(name: str, folder: Path, layers: int) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
-def main(gib: float) -> int:
+def main(gib: float, rounds: int) -> int:
     import torch
     from safetensors.torch import save_file
 
@@ -133,7 +132,7 @@ def main(gib: float) -> int:
         folder = Path(text)
         save_file({f"{i}.weight": torch.randn(WIDTH, WIDTH) for i in range(layers)}, folder / "model.safetensors")
         runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in CONTESTANTS}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for name in CONTESTANTS:
                 runs[name].append(run(name, folder, layers))
     seconds = {name: statistics.median(max(r["seconds"] for r in ranks) for ranks in runs[name]) for name in runs}
@@ -160,4 +159,5 @@ def main(gib: float) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank"]:
         rank_main(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))
-    raise SystemExit(main(float(sys.argv[1]) if len(sys.argv) > 1 else 1.5))
+    given = [*sys.argv[1:], *("1.5", "3")[len(sys.argv) - 1 :]]
+    raise SystemExit(main(float(given[0]), int(given[1])))

@@ -65,10 +65,11 @@ def _decisions(plan: Plan) -> dict[str, str]:
 
 def _decision(row: Mapping[str, Any]) -> str:
     keys = ", ".join(row["sources"]) or "no key"
-    more = {
-        name: value for name, value in row.items() if name not in ("target", "sources", "dtype") and value is not None
-    }
-    return f"from {keys} as {row['dtype']} {json.dumps(more, sort_keys=True)}"
+    kept = ("cast", "alias_of", "conversion", "adapter", "fill")
+    more = {name: row[name] for name in kept if row[name] is not None} | ({"part": row["part"]} if row["part"] else {})
+    return (
+        f"from {keys} as {row['dtype']} {tuple(row['shape'])}{' ' + json.dumps(more, sort_keys=True) if more else ''}"
+    )
 
 
 def _samples(plan: Plan) -> dict[str, str]:

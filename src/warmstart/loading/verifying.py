@@ -59,6 +59,7 @@ def verify_written(plan: Plan, values: Values, verify: Verify, mover: Mover) -> 
             cast = assignment.adapter is None and assignment.cast is not None
             if cast and _non_finite(expected) > _non_finite(source):
                 wrong.append(Difference(assignment.target, "finite values became inf in the model's dtype"))
+        del source, expected  # frees the whole tensor they may be parts of before there is another one
     raise_differences(wrong, "right after writing")
     if odd:
         shown = ", ".join(map(printable, odd[:4])) + (", ..." if len(odd) > 4 else "")

@@ -84,6 +84,7 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
                     if assignment.fill is None and not plan.parts[assignment.part].checkpoint.lasting:
                         mask = loaded_here(assignment, shard) if assignment.keeps else None
                         result.digests.keep(assignment.target, value, mask)
+                    del value  # a part of it keeps the whole tensor in memory, which the next one would come on top of
             result.notes += verify_written(plan, values, verify, mover)
     except VerificationError as error:
         error.report = result
