@@ -63,6 +63,17 @@ def test_layout_does_not_belong_to_the_value():
     assert same_bits(expanded, expanded.contiguous())
 
 
+def test_a_part_of_a_storage_compares_wherever_it_starts():
+    """A shard of an odd number of elements before it: its words are no multiple of eight bytes into its storage."""
+    flat = bits32(*range(12))
+    for start in range(4):
+        part = flat.narrow(0, start, 8)
+        assert same_bits(part, part.clone())
+        assert not same_bits(part, part + 1)
+    behind = torch.from_numpy(flat.numpy()[1:])  # its address is odd too: offset and address do not go together
+    assert same_bits(behind[1:9], flat[2:10])
+
+
 def test_lazy_conjugates_and_negatives_count_as_what_they_mean():
     tensor = torch.randn(3, dtype=torch.complex64)
     conjugate = tensor.conj()

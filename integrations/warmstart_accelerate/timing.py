@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
@@ -24,12 +25,12 @@ BEFORE_OPTIMIZER = (
 
 
 def refuse_prepared(accelerator: Accelerator, model: nn.Module) -> None:
-    """Refuse a model that `prepare` or a wrapper has already, unless it holds shards: those exist only afterwards.
+    """Refuse a model that `prepare` or a wrapper has already, unless it holds shards: those of FSDP2 exist only afterwards.
 
     Raises:
         TimingError: It has.
     """
-    if sharded(model):
+    if sharded(model) and not trains_by_deepspeed(accelerator):
         return
     wrapper = next((m for m in model.modules() if isinstance(m, DistributedDataParallel | DataParallel)), None)
     prepared = any(shares(each, model) for each in accelerator._models)
@@ -38,6 +39,31 @@ def refuse_prepared(accelerator: Accelerator, model: nn.Module) -> None:
         raise TimingError(
             f"the {type(model).__name__} {what} already: what it trains and averages is settled, and a load or a freeze "
             f"comes too late\n  -> {BEFORE_PREPARE}"
+        )
+
+
+def trains_by_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether `prepare` makes a DeepSpeed engine, with copies of the parameters that the steps are taken on."""
+    return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+
+def refuse_engine(accelerator: Accelerator) -> None:
+    """Refuse the engines that make parameters of their own, which are none of the model's.
+
+    Raises:
+        TimingError: `prepare` will use one.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise TimingError(
+            "FSDP of version 1 flattens the parameters into others, which warm_start can neither compare nor hold\n"
+            "  -> FullyShardedDataParallelPlugin(fsdp_version=2), or --fsdp_version 2 of accelerate launch"
+        )
+    if kind == DistributedType.MEGATRON_LM:
+        raise TimingError(
+            "Megatron-LM trains a model that it makes itself, of which warm_start sees nothing\n"
+            "  -> Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2)), or a checkpoint that Megatron-LM "
+            "reads itself"
         )
 
 

@@ -27,7 +27,7 @@ from warmstart.patterns import Patterns
 from warmstart_accelerate.launching import warn_if_alone
 from warmstart_accelerate.run import Run
 from warmstart_accelerate.started import LoopLifecycle, Started
-from warmstart_accelerate.timing import refuse_prepared, refuse_unheard_release
+from warmstart_accelerate.timing import refuse_engine, refuse_prepared, refuse_unheard_release, trains_by_deepspeed
 
 
 def warm_start(
@@ -53,8 +53,9 @@ def warm_start(
     `accelerator.save_state` carries lineage and the frozen set, and compares the frozen tensors by sample;
     `accelerator.end_training` compares them in full. A process that loads a state needs no pretrained file any more.
 
-    A model that only exists sharded (FSDP2 over the meta device, ZeRO-3) is loaded after `prepare` instead, and frozen
-    before it: `warmstart.freeze(model, ...)`.
+    A model that only exists sharded by FSDP2 (over the meta device) is loaded after `prepare` instead, and frozen before it:
+    `warmstart.freeze(model, ...)`. With DeepSpeed the load comes before `prepare` in any case, also of a model that
+    `deepspeed.zero.Init` has partitioned: the optimizer that `prepare` makes has copies, which are compared as well.
 
     Args:
         accelerator: The accelerator that prepares the model.
@@ -78,7 +79,8 @@ def warm_start(
 
     Raises:
         WarmStartError: Everything that `warmstart.load` raises.
-        TimingError: The model is prepared already, a live optimizer holds what is to be frozen, or not every process calls.
+        TimingError: The model is prepared already, a live optimizer holds what is to be frozen, not every process calls, or
+            the engine is one that this does not go with (FSDP of version 1, Megatron-LM; DeepSpeed with `unfreeze`).
 
     Example::
 
@@ -100,6 +102,7 @@ def warm_start(
     parts = as_parts(pretrained, fields)
     warn_if_alone(accelerator)
     with raised_on_all("warm_start"):  # before the first collective: a call on one process only is found here
+        refuse_engine(accelerator)
         refuse_prepared(accelerator, model)
         if unfreeze:
             refuse_unheard_release(accelerator)
@@ -112,5 +115,6 @@ def warm_start(
         on_freeze_change=on_freeze_change,
         lock=lock,
     )
+    life.steps_on_copies = trains_by_deepspeed(accelerator)
     key = name if name is not None else "+".join(part.into for part in parts)
     return Run.of(accelerator).add(Started(life, model, key, log))

@@ -14,6 +14,7 @@ from typing_extensions import Unpack, override
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DeepSpeedStrategy
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
     from lightning.pytorch.utilities.model_helpers import is_overridden
 except ModuleNotFoundError as error:
@@ -130,6 +131,7 @@ class WarmStart(Callback):
         if stage not in self._stages:
             return
         self._moment = moment(trainer, self._stages)
+        self._life.steps_on_copies = isinstance(trainer.strategy, DeepSpeedStrategy)
         # Our setup comes before the module's own and before configure_model, and no hook lies between those and the
         # optimizer. So the last of them that the module has is wrapped on the instance, for one call.
         last = next((name for name in ("configure_model", "setup") if is_overridden(name, pl_module)), None)

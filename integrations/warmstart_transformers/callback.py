@@ -33,7 +33,7 @@ from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_transformers.model_card import add_ancestor
 from warmstart_transformers.models import ModelLifecycle, mark_loaded
-from warmstart_transformers.sharding import is_sharding, refuse_placeholders, refuse_sharding
+from warmstart_transformers.sharding import is_sharding, refuse_placeholders, refuse_sharding, trains_by_deepspeed
 from warmstart_transformers.trackers import log_report, save_report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -217,6 +217,7 @@ class WarmStartCallback(TrainerCallback):
         newest = self._manifest(_newest_checkpoint(self._folder))
         with raised_on_all("look for placeholders"):
             refuse_placeholders(model, self._life.plan)
+        self._life.steps_on_copies = trains_by_deepspeed()
         self._life.apply(model, others, optimizers=optimizers, manifest=newest)
         if self.report is not None:
             mark_loaded(model, self.report)
@@ -274,7 +275,7 @@ class WarmStartCallback(TrainerCallback):
         first = self._life.start(
             model,
             resumed=resumed,
-            optimizers=[optimizer] if optimizer is not None else [],
+            optimizers=[optimizer] if optimizer is not None and not trains_by_deepspeed() else [],
             progress=self._progress(state),
             bears_unused=args.world_size == 1 or is_sharding() or _finds_unused(args, model),
         )

@@ -14,15 +14,23 @@ from warmstart.mapping.grouping import listed
 
 
 def is_sharding() -> bool:
-    """Whether the `Trainer` that was built last shards its model by FSDP."""
-    return bool(AcceleratorState().distributed_type == DistributedType.FSDP)
+    """Whether the `Trainer` that was built last shards its model, or averages its gradients, by FSDP or DeepSpeed."""
+    return trains_by_deepspeed() or bool(AcceleratorState().distributed_type == DistributedType.FSDP)
+
+
+def trains_by_deepspeed() -> bool:
+    """Whether it trains in a DeepSpeed engine, whose optimizer has copies of the parameters."""
+    # By its plugin: on CPUs the kind of the processes takes the place of the engine's as soon as somebody asks.
+    state = AcceleratorState._shared_state
+    kind = state.get("distributed_type") == DistributedType.DEEPSPEED
+    return kind or state.get("deepspeed_plugins") is not None
 
 
 def refuse_sharding(args: TrainingArguments) -> None:
     """What a `Trainer` was asked for, by its arguments or by `accelerate launch`, as its own accelerator understood it.
 
     Raises:
-        TimingError: DeepSpeed, FSDP of version 1 or of XLA, which replace the parameters by others of their own.
+        TimingError: FSDP of version 1 or of XLA, which replace the parameters by others of their own.
     """
     state = AcceleratorState()
     version = getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", 1)
@@ -30,12 +38,6 @@ def refuse_sharding(args: TrainingArguments) -> None:
         raise TimingError(
             "FSDP of version 1 flattens the model's parameters into others after it is set up, which WarmStartCallback does "
             'not support; use version 2: fsdp_config={"version": 2}, or --fsdp_version 2 of accelerate launch'
-        )
-    if state.distributed_type == DistributedType.DEEPSPEED or args.deepspeed:
-        raise TimingError(
-            "DeepSpeed puts copies of its own in the place of the model's parameters after it is set up, which "
-            "WarmStartCallback does not support; train with FSDP of version 2 or DistributedDataParallel, or call "
-            "warmstart.load(model, ...) before Trainer(...)"
         )
     if args.fsdp and state.distributed_type == DistributedType.XLA:
         raise TimingError(

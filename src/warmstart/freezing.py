@@ -52,11 +52,12 @@ class _Fingerprint:
     dtype: torch.dtype
     full: int
     sampled: int
+    sharded: bool
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Fingerprint:
         local = local_of(tensor)
-        return cls(local.dtype, digest(local), digest(sample(local)))
+        return cls(local.dtype, digest(local), digest(sample(local)), is_sharded(tensor))
 
 
 class Frozen:
@@ -149,16 +150,15 @@ class Frozen:
             )
 
     def follow(self, *, resumed: bool) -> None:
-        """Go on with the shards that a wrapper put in the place of whole frozen parameters; each rank calls it.
+        """Go on with the shards that an engine has made of whole frozen parameters, or put in their place; each rank calls it.
 
         The shards of all ranks together must be what was frozen, unless a resume has put the run's own values there.
         """
         live = Live(self.model)
         for name, target in sorted(self._targets.items()):
-            tensor = live.tensor(target)
-            if tensor is None or tensor is target.tensor or not is_sharded(tensor) or is_sharded(target.tensor):
+            tensor, known = live.tensor(target), self._fingerprints[name]
+            if tensor is None or known.sharded or not is_sharded(tensor):
                 continue
-            known = self._fingerprints[name]
             if resumed or digest(gathered(tensor).to(known.dtype)) == known.full:
                 self._targets[name] = dataclasses.replace(target, tensor=tensor)
                 self._fingerprints[name] = _Fingerprint.of(tensor)

@@ -132,9 +132,9 @@ def is_sharded(tensor: Tensor) -> bool:
 def gathered(tensor: Tensor) -> Tensor:
     """The whole tensor; of a sharded one a copy, for which every process of its group has to call this."""
     if is_partition(tensor):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed  # its `zero` is an attribute, no module
 
-        with GatheredParameters([tensor]):
+        with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     if _is_dtensor(tensor):
         whole: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]

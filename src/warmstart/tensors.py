@@ -26,9 +26,14 @@ def as_words(tensor: Tensor) -> Tensor:
 def wide_words(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The bits of two tensors of one shape and dtype as flat integers, of eight bytes where that goes: the fastest."""
     a, b = as_words(a), as_words(b)
-    if a.element_size() < 8 and not (a.nbytes % 8 or a.data_ptr() % 8 or b.data_ptr() % 8):
+    if a.element_size() < 8 and not a.nbytes % 8 and all(map(_starts_wide, (a, b))):
         a, b = a.view(torch.int64), b.view(torch.int64)
     return a, b
+
+
+def _starts_wide(words: Tensor) -> bool:
+    """Whether eight bytes can be read where it starts: by its address, and as torch asks, by its place in its storage."""
+    return not (words.data_ptr() % 8 or words.storage_offset() * words.element_size() % 8)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

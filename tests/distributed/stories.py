@@ -104,12 +104,12 @@ def flattened_parameters_are_refused(folder: Path) -> None:
         warmstart.plan(wrapped, cells.path_of(folder, "full", "safetensors"))
 
 
-def _engine(model: nn.Module, dtype: str) -> nn.Module:
+def _engine(model: nn.Module, dtype: str, stage: int = 3) -> nn.Module:
     import deepspeed
 
     config = {
         "train_batch_size": 4,
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
         dtype: {"enabled": True},
     }
@@ -155,6 +155,29 @@ def stale_masters_are_found(folder: Path) -> None:
         report.check(model)
 
 
+def stale_masters_of_whole_parameters_are_found(folder: Path) -> None:
+    """field_note_8, under ZeRO-1 and 2: each rank has the copies of its part of the parameters, which are whole."""
+    path = cells.path_of(folder, "uneven", "safetensors")
+    for stage in (1, 2):
+        model = cells.fresh(CASES["uneven"])
+        report = warmstart.load(model, path)
+        right = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        _engine(model, "bf16", stage)
+        report.check(model)
+        with pytest.raises(TimingError, match=r"deepspeed\.initialize"):
+            warmstart.load(model, path)
+        model = cells.fresh(CASES["uneven"])
+        report = warmstart.load(model, path)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+            _engine(model, "bf16", stage)
+            for name, parameter in model.named_parameters():
+                parameter.copy_(right[name])
+        with pytest.raises(VerificationError, match="fp32 copy"):
+            report.check(model)
+
+
 STORIES: dict[str, list[Callable[[Path], None]]] = {
     "ddp": [flattened_parameters_are_refused],
     "fsdp2": [
@@ -164,5 +187,5 @@ STORIES: dict[str, list[Callable[[Path], None]]] = {
         rows_are_kept_and_held,
         another_dtype_is_refused,
     ],
-    "zero3": [deepspeed_trains_on_from_it, stale_masters_are_found],
+    "zero3": [deepspeed_trains_on_from_it, stale_masters_are_found, stale_masters_of_whole_parameters_are_found],
 }

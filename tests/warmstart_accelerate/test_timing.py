@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import loops
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.nn.parallel import DataParallel
 
@@ -94,3 +98,21 @@ def test_an_optimizer_of_another_model(source):
     prepared, _ = accelerator.prepare(model, torch.optim.SGD(loops.Net().parameters(), lr=0.1))
     with pytest.raises(TimingError, match="SGD holds none of the model's 8 trainable parameters"):
         prepared(torch.randn(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (DistributedType.FSDP, "FullyShardedDataParallelPlugin(fsdp_version=2)"),
+        (DistributedType.MEGATRON_LM, "fsdp_version=2"),
+    ],
+)
+def test_engines_with_parameters_of_their_own_are_refused_in_words(source, monkeypatch, kind, line):
+    """Accelerate makes them on accelerators only: its state is told."""
+    accelerator, model = Accelerator(cpu=True), loops.Net()
+    before = loops.weights(model)
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", FullyShardedDataParallelPlugin(fsdp_version=1))
+    with pytest.raises(TimingError, match=re.escape(line)):
+        warm_start(accelerator, model, source, into="encoder")
+    assert loops.equal(loops.weights(model), before)

@@ -7,8 +7,6 @@ import pickle
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny import Plain, bert, equal, numbers, weights
 from torch import nn
@@ -277,20 +275,6 @@ def test_it_can_be_copied_and_pickled(make_trainer, plain_source):
         model = Plain()
         make_trainer(model, twin)
         assert equal(weights(model.encoder), torch.load(plain_source, weights_only=True))
-
-
-def test_deepspeed_is_refused_in_words(make_trainer, plain_source, monkeypatch):
-    """Asked for by `accelerate launch`, whose Accelerator needs its processes: what it would say of itself."""
-    trainer = make_trainer(Plain())
-    before = weights(trainer.model)
-    for state in (PartialState, AcceleratorState):
-        monkeypatch.setitem(state._shared_state, "distributed_type", DistributedType.DEEPSPEED)
-    callback = WarmStartCallback(plain_source, into="encoder")
-    with pytest.raises(TimingError, match="DeepSpeed puts copies of its own in the place"):
-        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    with pytest.raises(TimingError, match="DeepSpeed puts copies of its own in the place"):
-        callback.attach(trainer)
-    assert equal(weights(trainer.model), before)
 
 
 @pytest.mark.parametrize("wrong", [{"unfreeze_unit": "week"}, {"held": "train "}, {"unfreeze": {0: "encoder"}}])

@@ -28,6 +28,25 @@ def refuse_late_freeze(plan: Plan, names: set[str], optimizers: Sequence[torch.o
         )
 
 
+def refuse_beside_copies(plan: Plan | None, *, releases: bool) -> None:
+    """Refuse what cannot be seen to where an engine takes its steps on copies of its own.
+
+    Raises:
+        TimingError: Entries are to be released in the course of the run, or rows to be held.
+    """
+    if releases:
+        raise TimingError(
+            "unfreeze= releases parameters after the DeepSpeed engine was made, which lays out gradients for what trains then\n"
+            "  -> freeze for the whole run, or train with FSDP of version 2 or DistributedDataParallel"
+        )
+    if plan is not None and plan.held_rows:
+        raise TimingError(
+            "freeze_old=True puts rows back after each step, and DeepSpeed takes its steps on copies of its own\n"
+            f"{listed((name, '') for name in plan.held_rows)}\n"
+            "  -> MapRows(..., freeze_old=False), or train with FSDP of version 2 or DistributedDataParallel"
+        )
+
+
 def audit(plan: Plan, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
     """No optimizer may hold a loaded parameter that the model replaced, or none of what the model trains.
 

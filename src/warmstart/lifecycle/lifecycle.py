@@ -16,7 +16,7 @@ from warmstart.checkpoints.places import is_gone
 from warmstart.drift import Drift
 from warmstart.errors import CheckpointError, MappingError, TimingError
 from warmstart.freezing import Frozen, Held, entries_matching, freeze_entries
-from warmstart.lifecycle.auditing import audit, refuse_late_freeze
+from warmstart.lifecycle.auditing import audit, refuse_beside_copies, refuse_late_freeze
 from warmstart.lifecycle.holding import Holding, OnFreezeChange
 from warmstart.lifecycle.overlap import refuse_overlap
 from warmstart.lifecycle.past import Past, known, remember
@@ -43,9 +43,11 @@ class Lifecycle:
         report: What was loaded into the present model; None before, and where this run did not load it.
         restored: The state of the run that was resumed, as `state()` gave it; None otherwise.
         late_freeze: What to do about an optimizer that holds what is to be frozen, in the host's words.
+        steps_on_copies: Whether the model will train in an engine that takes its steps on copies of its own (DeepSpeed).
     """
 
     late_freeze = "leave these out of it, or let the optimizer be made after the load"
+    steps_on_copies = False
 
     def __init__(
         self,
@@ -201,6 +203,8 @@ class Lifecycle:
             return
         self._reset()
         plan = self._plan_if_there(model)
+        if self.steps_on_copies:
+            refuse_beside_copies(plan, releases=bool(self.schedule.stages))
         if plan is None:
             if names := self._frozen_names(model):
                 self._freeze.take(freeze_entries(model, names, Targets.of(model), self.held))
