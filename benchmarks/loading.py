@@ -27,8 +27,6 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from transformers import BertConfig, BertModel
-from transformers.initialization import no_init_weights
 from harness import Prepare, Result, drop_from_cache, forked, in_turns, into_cache, machine, ratio, spawned
 from models import (
     BLOCKS,
@@ -42,6 +40,8 @@ from models import (
     write_torch,
 )
 from torch import nn
+from transformers import BertConfig, BertModel
+from transformers.initialization import no_init_weights
 
 import warmstart
 import warmstart.api

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -199,7 +202,9 @@ def test_a_meta_model_s_entries_never_share_bytes_of_the_file(tmp_path):
 
 
 def test_a_meta_model_takes_a_cast_entry_as_a_copy(tmp_path):
-    save_file({"a": torch.full((4,), 1.5, dtype=torch.bfloat16), "b": torch.full((4,), 2.5)}, tmp_path / "m.safetensors")
+    save_file(
+        {"a": torch.full((4,), 1.5, dtype=torch.bfloat16), "b": torch.full((4,), 2.5)}, tmp_path / "m.safetensors"
+    )
     model = _on_meta(lambda: Entries({"a": torch.zeros(4), "b": torch.zeros(4)}))
     warmstart.load(model, tmp_path / "m.safetensors")
     assert (model.a.dtype, model.a.tolist(), model.b.tolist()) == (torch.float32, [1.5] * 4, [2.5] * 4)
@@ -225,3 +230,16 @@ def test_a_file_that_was_replaced_is_not_mapped_again(tmp_path):
     (tmp_path / "other.safetensors").replace(path)
     with pytest.raises(CheckpointError, match="was replaced or written to"):
         file.again()
+
+
+def test_a_meta_load_imports_no_more_than_another():
+    """torch's Python kernels for meta tensors bring sympy with them: half a second for the first load of a process."""
+    program = (
+        "import sys, torch, warmstart\n"
+        "with torch.device('meta'): model = torch.nn.Linear(3, 2)\n"
+        "warmstart.load(model, torch.nn.Linear(3, 2).state_dict())\n"
+        "assert not model.weight.is_meta\n"
+        "print('sympy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
