@@ -27,7 +27,6 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import transformers
 from harness import Prepare, Result, drop_from_cache, forked, in_turns, into_cache, machine, ratio, spawned
 from models import (
     BLOCKS,
@@ -41,6 +40,8 @@ from models import (
     write_torch,
 )
 from torch import nn
+from transformers import BertConfig, BertModel
+from transformers.initialization import no_init_weights
 
 import warmstart
 import warmstart.api
@@ -220,7 +221,7 @@ def copy_from_mapped(build: Build, path: Path) -> Callable[[], object]:
 
 
 def from_pretrained(folder: Path) -> Callable[[], object]:
-    return lambda: transformers.BertModel.from_pretrained(folder)
+    return lambda: BertModel.from_pretrained(folder)
 
 
 # ---- warmstart
@@ -246,9 +247,9 @@ def ours_check(build: Build, path: Path) -> Callable[[], object]:
 
 def ours_minilm(folder: Path, verify: str) -> Callable[[], object]:
     def run() -> None:
-        config = transformers.BertConfig.from_pretrained(folder)
-        with accelerate.init_empty_weights(include_buffers=False):
-            model = transformers.BertModel(config)
+        config = BertConfig.from_pretrained(folder)
+        with no_init_weights(), accelerate.init_empty_weights(include_buffers=False):
+            model = BertModel(config)
         file = folder / "model.safetensors"
         warmstart.load(model, file, verify=verify, allow_unexpected="embeddings.position_ids")
 
@@ -283,8 +284,8 @@ TARGETS = (
 )
 
 
-def measure(folder: Path, rounds: int, blocks: int, layers: int) -> dict[str, Result]:
-    """Every contestant's runs, by name."""
+def measure(folder: Path, rounds: int, blocks: int, layers: int, only: str = "") -> dict[str, Result]:
+    """The runs of every contestant of the groups that have one with `only` in its name, by contestant."""
     build: Build = partial(Transformer, blocks)
     many: Build = partial(Many, layers)
     fp32, bf16, small = (folder / f"{name}.safetensors" for name in ("fp32", "bf16", "small"))
@@ -294,6 +295,8 @@ def measure(folder: Path, rounds: int, blocks: int, layers: int) -> dict[str, Re
 
     def group(*writers: Callable[[], Path], before: Callable[[], object] | None = None, **names: Any) -> None:
         contestants: dict[str, Prepare] = names["contestants"]
+        if not any(only in name for name in contestants):
+            return
         files = [writer() for writer in writers]
         into_cache(files)
         print(f"  {', '.join(contestants)}", file=sys.stderr, flush=True)
@@ -361,7 +364,7 @@ def measure(folder: Path, rounds: int, blocks: int, layers: int) -> dict[str, Re
         },
     )
     for path in (bf16, pt, npz):
-        path.unlink()
+        path.unlink(missing_ok=True)
     group(
         file(ckpt, write_lightning, build),
         contestants={
@@ -371,7 +374,7 @@ def measure(folder: Path, rounds: int, blocks: int, layers: int) -> dict[str, Re
             "ckpt: ours, full": partial(ours, build, ckpt, "full"),
         },
     )
-    ckpt.unlink()
+    ckpt.unlink(missing_ok=True)
     group(
         file(small, write_safetensors, many),
         contestants={
@@ -396,8 +399,10 @@ def measure(folder: Path, rounds: int, blocks: int, layers: int) -> dict[str, Re
         "from warmstart import load": [python, "-c", "import torch; from warmstart import load"],
         "warmstart inspect": [python, "-m", "warmstart", "inspect", str(fp32)],
     }
-    print(f"  {', '.join(commands)}", file=sys.stderr, flush=True)
-    made.update(spawned(commands, rounds))
+    if any(only in name for name in commands):
+        file(fp32, write_safetensors, build)()
+        print(f"  {', '.join(commands)}", file=sys.stderr, flush=True)
+        made.update(spawned(commands, rounds))
     return made
 
 
@@ -479,6 +484,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a sixth of the size, three rounds")
     parser.add_argument("--check", action="store_true", help="fail where a ratio is over its target by half and more")
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
+    parser.add_argument("--only", default="", help="only the groups with a contestant whose name contains this")
     parser.add_argument("--rounds", type=int, help="runs of each contestant; 7, or 3 with --quick")
     parser.add_argument("--folder", type=Path, help="where the files are made; a temporary folder by default")
     options = parser.parse_args()
@@ -486,7 +492,7 @@ def main() -> int:
     blocks, layers = (BLOCKS // 6, 2_000) if options.quick else (BLOCKS, 10_000)
     sizes = [entry.numel() * 4 for entry in on_meta(partial(Transformer, blocks)).state_dict().values()]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        results = measure(Path(folder), rounds, blocks, layers)
+        results = measure(Path(folder), rounds, blocks, layers, options.only)
     targets, slow = targets_table(results)
     contestants, large = contestants_table(results, max(sizes))
     text = "\n".join([conditions(rounds, sum(sizes)), "", *targets, "", *contestants, ""])

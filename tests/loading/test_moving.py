@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 import warmstart
+from warmstart.checkpoints.leaves import MappedFile
+from warmstart.errors import CheckpointError
 from warmstart.loading import moving
 from warmstart.loading.moving import Mover
 from warmstart.tensors import same_bits
@@ -143,3 +148,98 @@ def test_an_entry_of_which_only_a_part_was_written_is_no_untouched_model(tmp_pat
     with pytest.raises(warmstart.CheckpointError, match=r"the file is shorter now\n0 of 1 entries .* half loaded"):
         warmstart.load(model, tmp_path / "w.safetensors")
     assert model.a.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def _on_meta(make):
+    with torch.device("meta"):
+        return make()
+
+
+def _anonymous() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon"))
+
+
+@pytest.mark.parametrize("verify", ["full", "off"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_meta_model_has_the_file_s_pages_until_it_writes_to_them(tmp_path, suffix, verify):
+    """Assigned from a mapping of its own: no memory at first, training does not reach the file, the check still sees it."""
+    source = nn.Sequential(nn.Linear(2048, 2048), nn.Linear(2048, 2048)).state_dict()
+    path = tmp_path / f"model.{suffix}"
+    save_file(source, path) if suffix == "safetensors" else torch.save(source, path)
+    before = path.read_bytes()
+    model = _on_meta(lambda: nn.Sequential(nn.Linear(2048, 2048), nn.Linear(2048, 2048)))
+    first, held = model[0].weight, _anonymous()
+    report = warmstart.load(model, path, verify=verify)
+    assert _anonymous() - held < 12 << 20  # the weights are 32 MiB
+    assert model[0].weight is first
+    assert isinstance(first, nn.Parameter)
+    assert first.requires_grad
+    assert all(same_bits(value, source[name]) for name, value in model.state_dict().items())
+    report.check(model)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.ones(1, 2048)).sum().backward()
+    optimizer.step()
+    assert not same_bits(model[0].weight, source["0.weight"])
+    assert path.read_bytes() == before
+    with pytest.raises(warmstart.VerificationError) as caught:
+        report.check(model)
+    assert caught.value.tensors == tuple(source)
+    assert path.read_bytes() == before
+
+
+def test_a_meta_model_s_entries_never_share_bytes_of_the_file(tmp_path):
+    """Two keys on one storage of a .pt go to two entries that are not tied: one's training must not reach the other."""
+    shared = torch.arange(12.0)
+    path = tmp_path / "shared.pt"
+    torch.save({"a": shared[:8], "b": shared[4:], "c": shared}, path)
+    model = _on_meta(lambda: Entries({"a": torch.zeros(8), "b": torch.zeros(8), "c": torch.zeros(12)}))
+    warmstart.load(model, path)
+    for name in "abc":
+        getattr(model, name).fill_(float(ord(name)))
+    assert [getattr(model, name).unique().tolist() for name in "abc"] == [[97.0], [98.0], [99.0]]
+
+
+def test_a_meta_model_takes_a_cast_entry_as_a_copy(tmp_path):
+    save_file(
+        {"a": torch.full((4,), 1.5, dtype=torch.bfloat16), "b": torch.full((4,), 2.5)}, tmp_path / "m.safetensors"
+    )
+    model = _on_meta(lambda: Entries({"a": torch.zeros(4), "b": torch.zeros(4)}))
+    warmstart.load(model, tmp_path / "m.safetensors")
+    assert (model.a.dtype, model.a.tolist(), model.b.tolist()) == (torch.float32, [1.5] * 4, [2.5] * 4)
+
+
+def test_a_meta_model_loads_inside_its_device_context_and_saves(tmp_path):
+    state = odd_sizes(torch.float32)
+    save_file(state, tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        model = Entries(state)
+        warmstart.load(model, tmp_path / "m.safetensors", verify="full")
+    torch.save(model.state_dict(), tmp_path / "again.pt")
+    assert (tmp_path / "again.pt").stat().st_size < 2 * (tmp_path / "m.safetensors").stat().st_size
+    again = torch.load(tmp_path / "again.pt")
+    assert all(same_bits(again[name], value) for name, value in state.items())
+
+
+def test_a_file_that_was_replaced_is_not_mapped_again(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.ones(4)}, path)
+    file = MappedFile(path)
+    save_file({"a": torch.ones(400)}, tmp_path / "other.safetensors")
+    (tmp_path / "other.safetensors").replace(path)
+    with pytest.raises(CheckpointError, match="was replaced or written to"):
+        file.again()
+
+
+def test_a_meta_load_imports_no_more_than_another():
+    """torch's Python kernels for meta tensors bring sympy with them: half a second for the first load of a process."""
+    program = (
+        "import sys, torch, warmstart\n"
+        "with torch.device('meta'): model = torch.nn.Linear(3, 2)\n"
+        "warmstart.load(model, torch.nn.Linear(3, 2).state_dict())\n"
+        "assert not model.weight.is_meta\n"
+        "print('sympy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (done.stdout.strip(), done.stderr) == ("False", "")

@@ -68,6 +68,12 @@ class MappedFile:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.size = len(self.map)
 
+    @property
+    def address(self) -> int:
+        """Where the mapping starts in memory."""
+        with torch.device("cpu"):
+            return torch.frombuffer(self.map, dtype=torch.uint8, count=1).data_ptr()
+
     def check(self) -> None:
         # Touching a page beyond the end of a file that shrank kills the process.
         now = self.map.size()
@@ -76,6 +82,17 @@ class MappedFile:
                 f"{self.path}: had {self.size:,} bytes when it was opened and has {now:,} now; "
                 "something is rewriting it: open it again when that is done"
             )
+
+    def again(self) -> MappedFile:
+        """The same file mapped once more: what is written to one mapping is not seen in the other.
+
+        Raises:
+            CheckpointError: Another file has taken its place.
+        """
+        other = MappedFile(self.path)
+        if other.stamp != self.stamp:
+            raise CheckpointError(f"{self.path}: was replaced or written to after it was opened; open it again")
+        return other
 
     @contextmanager
     def scattered(self) -> Iterator[None]:

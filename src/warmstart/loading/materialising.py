@@ -59,7 +59,7 @@ def materialise(plan: Plan) -> list[str]:
             id(t) for t in [*plan.model.parameters(), *plan.model.buffers()] if not is_lazy(t) and not t.is_meta
         }
         with _weak_references(plan.model):
-            for tensor in _on_meta(plan).values():
+            for tensor in on_meta(plan).values():
                 _swap(tensor, _real(tensor))
             for owner, held in own:
                 for leaf in owner.leaves:
@@ -83,7 +83,7 @@ def materialise(plan: Plan) -> list[str]:
 
 def needs_memory(plan: Plan) -> bool:
     """Whether `materialise` has anything to do."""
-    return bool(_on_meta(plan) or _transient(plan)) or any(assignment.reshapes for assignment in plan.assignments)
+    return bool(on_meta(plan) or _transient(plan)) or any(assignment.reshapes for assignment in plan.assignments)
 
 
 def uninitialisable(plan: Plan) -> list[str]:
@@ -94,9 +94,9 @@ def uninitialisable(plan: Plan) -> list[str]:
         kind = type(owner.module).__name__
         why = "has no reset_parameters()" if owner.initialise is None else "does not set it when it initialises itself"
         lost += [(join(owner.path, leaf), f"{kind} {why}") for leaf in left]
-    on_meta = _on_meta(plan)
+    unborn = on_meta(plan)
     entries = [
-        t for t in plan.targets.entries.values() if id(t.tensor) in on_meta and not isinstance(t.owner, nn.RNNBase)
+        t for t in plan.targets.entries.values() if id(t.tensor) in unborn and not isinstance(t.owner, nn.RNNBase)
     ]
     if watched := [target.name for target in entries if weakref.getweakrefs(target.tensor)]:
         message = f"meta: something holds weak references to {printable(watched[0])} (one of {len(watched)}), so that it cannot"
@@ -115,7 +115,7 @@ def uninitialisable(plan: Plan) -> list[str]:
     ]
 
 
-def _on_meta(plan: Plan) -> dict[int, Tensor]:
+def on_meta(plan: Plan) -> dict[int, Tensor]:
     """The distinct tensors in scope that are on meta, and what is tied to them."""
     scope = {name for part in plan.parts for name in part.scope}
     entries = (plan.targets.entries[name] for name in plan.targets.entries if name in scope)
@@ -124,7 +124,7 @@ def _on_meta(plan: Plan) -> dict[int, Tensor]:
 
 def _owners(plan: Plan) -> Iterator[_Owner]:
     """The modules in scope that have tensors on meta without a value, in the model's order."""
-    if not _on_meta(plan) and not _transient(plan):
+    if not on_meta(plan) and not _transient(plan):
         return
     # An alias is the same tensor as the entry that is written in its place.
     written = (a for a in plan.assignments if a.alias_of is None and not a.keeps)
@@ -199,7 +199,12 @@ def _whole(owner: _Owner) -> Iterator[None]:
 def _real(tensor: Tensor) -> Tensor:
     """A tensor like one on meta, with memory: on its mesh's or the default device, with its dtype, strides, class and flags."""
     device = mesh_device(tensor) or torch.get_default_device()
-    real: Tensor = torch.empty_like(tensor, device="cpu" if device.type == "meta" else device)
+    device = torch.device("cpu") if device.type == "meta" else device
+    if type(tensor) in {Tensor, nn.Parameter} and tensor.layout == torch.strided and tensor.is_contiguous():
+        # For a tensor on meta `empty_like` is Python, and the first call imports sympy: 0.5 s and 30 MiB.
+        real = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    else:
+        real = torch.empty_like(tensor, device=device)
     if isinstance(tensor, nn.Parameter):
         real = nn.Parameter(real, requires_grad=tensor.requires_grad)
     real.__dict__.update(tensor.__dict__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,29 @@ class _Piece(NamedTuple):
     to: Tensor
     source: Tensor
     file: MappedFile
+    copy: bool
+
+
+class _Own(NamedTuple):
+    """A mapping that entries have for their memory.
+
+    Attributes:
+        file: The second mapping of a file.
+        address: Where the first one starts.
+        taken: What entries have of it, sorted: the first byte, and the one past the last.
+    """
+
+    file: MappedFile
+    address: int
+    taken: list[tuple[int, int]]
+
+    def claim(self, start: int, end: int) -> bool:
+        """Take a range of bytes for an entry; False if one has some of them already, as views of one storage do in a file."""
+        at = bisect.bisect(self.taken, (start, end))
+        if (at and self.taken[at - 1][1] > start) or (at < len(self.taken) and self.taken[at][0] < end):
+            return False
+        self.taken.insert(at, (start, end))
+        return True
 
 
 class Mover:
@@ -53,17 +77,50 @@ class Mover:
         self.compared: set[str] = set()
         self._left: dict[str, int] = {}
         self._futures: list[Future[None]] = []
+        self._own: dict[MappedFile, _Own] = {}
         # As many as torch computes with here: where processes share a machine, they were told to share its cores.
         threads = min(torch.get_num_threads(), 8)
         self._pool = ThreadPoolExecutor(threads, "warmstart") if threads > 1 else None
 
-    def add(self, name: str, tensor: Tensor, value: Tensor, file: MappedFile) -> None:
+    def assign(self, name: str, tensor: Tensor, value: Tensor, file: MappedFile) -> None:
+        """Let `tensor`, whose memory holds nothing yet, have the bytes of `value` in a second mapping of `file`.
+
+        Pages are copied when they are first written to, so that training reaches neither the file nor what it is compared
+        with. Bytes that another entry has already are copied.
+
+        Raises:
+            CheckpointError: The file was replaced, or has become shorter.
+        """
+        self.begun = True
+        if file not in self._own:
+            self._own[file] = _Own(file.again(), file.address, [])
+        own = self._own[file]
+        start = value.data_ptr() - own.address
+        if not own.claim(start, start + value.nbytes):
+            self.add(name, tensor, value, file)
+            return
+        with torch.device("cpu"):
+            raw = own.file.take(start, start + value.nbytes, value.element_size())
+        tensor.data = raw.view(value.dtype).view(value.shape)
+        if self._compare:
+            self.add(name, tensor, value, file, copy=False)
+        else:
+            self.done.append(name)
+
+    def add(self, name: str, tensor: Tensor, value: Tensor, file: MappedFile, *, copy: bool = True) -> None:
         """Copy `value`, which lies in `file`, into `tensor`, and compare them, as was asked for: now or soon.
+
+        Args:
+            name: The entry.
+            tensor: Its memory.
+            value: A view of `file`.
+            file: The file.
+            copy: False where the value is there already.
 
         Raises:
             CheckpointError: The file has become shorter.
         """
-        pieces = list(_pieces(name, tensor.detach(), value, file))
+        pieces = list(_pieces(name, tensor.detach(), value, file, self._copy and copy))
         self._left[name] = len(pieces)
         if self._compare:
             self.compared.add(name)
@@ -112,7 +169,7 @@ class Mover:
                 a.copy_(b)
             return
         for a, b in zip(torch.split(to, _CHUNK), torch.split(source, _CHUNK), strict=True):
-            if self._copy:
+            if piece.copy:
                 a.copy_(b)
             if not torch.equal(a, b):
                 self.different.add(piece.name)
@@ -127,10 +184,10 @@ def _surely_finite(tensor: Tensor) -> bool:
     return tensor.element_size() > 1 and math.isfinite(tensor.sum().item())
 
 
-def _pieces(name: str, tensor: Tensor, value: Tensor, file: MappedFile) -> Iterator[_Piece]:
+def _pieces(name: str, tensor: Tensor, value: Tensor, file: MappedFile, copy: bool) -> Iterator[_Piece]:
     step = _BATCH // tensor.element_size()
     for to, source in zip(torch.split(tensor.view(-1), step), torch.split(value.view(-1), step), strict=True):
-        yield _Piece(name, to, source, file)
+        yield _Piece(name, to, source, file, copy)
 
 
 def is_plain(tensor: Tensor, value: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from warmstart.errors import CheckpointError, VerificationError
 from warmstart.loading.agreement import raised_on_all
 from warmstart.loading.inert import inert_adapters
-from warmstart.loading.materialising import materialise, needs_memory
+from warmstart.loading.materialising import materialise, needs_memory, on_meta
 from warmstart.loading.moving import Mover, is_plain
 from warmstart.loading.preflight import preflight
 from warmstart.loading.relaying import in_step
@@ -67,6 +67,7 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
     reshard(plan.model)
     try:
         with in_step(plan), torch.no_grad():
+            unborn = set(on_meta(plan))
             if begun := needs_memory(plan):
                 result.notes += materialise(plan)
             with mover:
@@ -77,7 +78,8 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
                     others = plan.targets.groups.get(target.canonical, [])
                     file = values.mapped(assignment, shard)
                     if file is not None and not others and is_plain(shard.local, value):
-                        mover.add(assignment.target, shard.local, value, file)
+                        put = mover.assign if id(shard.local) in unborn else mover.add
+                        put(assignment.target, shard.local, value, file)
                         continue
                     _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
                     done.append(assignment.target)
