@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 SCRIPT = Path(__file__).with_name("spawn_script.py")
-LIMIT = 240  # seconds
+LIMIT = 500  # seconds
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT + 60)]
 
