@@ -236,7 +236,11 @@ def gone() -> dict[str, Any]:
         of = trainer(f"gone-{name}", warm_start(freeze="encoder.up"), first := Look(), 1, folder=folder)
         of.fit(new("configure_model"), data())
         path = FOLDER / f"gone-{name}" / "epoch=0.ckpt"
-        for case, freeze, strict in (("named", "encoder.up", True), ("loose", "encoder.up", False), ("all", True, True)):
+        for case, freeze, strict in (
+            ("named", "encoder.up", True),
+            ("loose", "encoder.up", False),
+            ("all", True, True),
+        ):
             warm, look, module = warm_start(FOLDER / "moved.pt", freeze=freeze), Look(), new("configure_model")
             module.strict_loading = strict
             of = trainer(f"gone-{name}-{case}", warm, look, 2, folder=folder)

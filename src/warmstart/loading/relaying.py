@@ -49,7 +49,9 @@ class Relay:
         self.reads = ranks.index == members[0]
         # On the CPU, whatever carries the training's collectives, and known to nobody else.
         store = ranks.store(f"relay/{ranks.number}/{members[0]}")
-        self._group: Any = dist.ProcessGroupGloo(store, members.index(ranks.index), len(members), timeout=ranks.patience)
+        self._group: Any = dist.ProcessGroupGloo(
+            store, members.index(ranks.index), len(members), timeout=ranks.patience
+        )
         self._held: tuple[Checkpoint, str, Tensor] | None = None
 
     @contextlib.contextmanager
