@@ -213,6 +213,9 @@ class WarmStart(Callback):
         if self._checked:
             return
         self._checked = True
+        if self._moment == "on_fit_start" and _resumed(trainer) and pl_module.strict_loading:
+            # A checkpoint of one file is read into the shards module by module, with an error for what it lacks.
+            self._life.restored_whole(pl_module)
         first = self._life.start(
             pl_module,
             resumed=_resumed(trainer),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -26,7 +29,7 @@ from warmstart_lightning import WarmStart
 warnings.simplefilter("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-STRATEGY, FOLDER = sys.argv[1], Path(sys.argv[2])
+STRATEGY, FOLDER, LIMIT = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 SOURCE = FOLDER / "source.pt"
 SHARDED = STRATEGY in ("fsdp2", "tp")
 
@@ -46,7 +49,7 @@ class Encoder(nn.Module):
 class Module(LightningModule):
     def __init__(self, place: str) -> None:
         super().__init__()
-        self.place, self.sharded = place, False
+        self.place, self.sharded, self.lr = place, False, 0.1
         self.head = nn.Linear(5, 2)
         if place == "init":
             self.encoder = Encoder()
@@ -63,8 +66,7 @@ class Module(LightningModule):
             self.sharded = True
             mesh = self.device_mesh
             if STRATEGY == "tp":
-                styles = {"up": ColwiseParallel(output_layouts=None), "down": RowwiseParallel()}
-                styles["up"] = ColwiseParallel(use_local_output=True)
+                styles = {"up": ColwiseParallel(), "down": RowwiseParallel()}
                 self.encoder.norm = nn.Identity()  # what stands between the two sees a part of the columns
                 parallelize_module(self.encoder, mesh["tensor_parallel"], styles)
             else:
@@ -79,7 +81,7 @@ class Module(LightningModule):
         self.training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.1)
 
 
 def values(module: Module) -> dict[str, Any]:
@@ -112,19 +114,32 @@ class Look(Callback):
         self.seen["outputs"], pl_module.training = outputs, mode
 
 
-def trainer(name: str, warm: WarmStart | None, look: Look, epochs: int, **options: Any) -> Trainer:
+class Overwrite(Callback):
+    """The last rank writes to what was loaded, in one hook."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda trainer, module, *args: self.act(trainer, module))
+
+    def act(self, trainer: Trainer, module: Module) -> None:
+        weight = module.encoder.down.weight.detach()
+        if trainer.global_rank == trainer.world_size - 1:
+            (weight.to_local() if isinstance(weight, DTensor) else weight).add_(1)
+
+
+def trainer(
+    name: str, warm: WarmStart, look: Look, epochs: int, *more: Callback, unused: bool = False, folder: bool = True
+) -> Trainer:
     strategy: Any = {
         "single": lambda: "auto",
-        "ddp": lambda: DDPStrategy(find_unused_parameters=options.pop("unused", False)),
-        "fsdp2": lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
-        "tp": lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2),
+        "ddp": lambda: DDPStrategy(find_unused_parameters=unused),
+        "fsdp2": lambda: ModelParallelStrategy(2, 1, save_distributed_checkpoint=folder),
+        "tp": lambda: ModelParallelStrategy(1, 2, save_distributed_checkpoint=folder),
     }[STRATEGY]()
-    options.pop("unused", None)
     saving = ModelCheckpoint(dirpath=FOLDER / name, save_last=True, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
     return Trainer(
         default_root_dir=FOLDER / "run", accelerator="cpu", devices=1 if STRATEGY == "single" else 2, strategy=strategy,
         max_epochs=epochs, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[c for c in (warm, look, saving) if c is not None], **options,
+        callbacks=[warm, look, saving, *more],
     )  # fmt: skip
 
 
@@ -133,10 +148,10 @@ def data() -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=4)
 
 
-def warm_start(**fields: Any) -> WarmStart:
+def warm_start(source: Path = SOURCE, **fields: Any) -> WarmStart:
     if STRATEGY == "tp":
         fields["allow_unexpected"] = "norm"
-    return WarmStart(SOURCE, into="encoder", log=False, **fields)
+    return WarmStart(source, into="encoder", log=False, **fields)
 
 
 def new(place: str) -> Module:
@@ -179,38 +194,67 @@ def frozen() -> dict[str, Any]:
 
 def staged() -> dict[str, Any]:
     """Released after one epoch; whole, and resumed at each epoch's end."""
-    schedule = {1: "encoder.down", 2: "encoder"}
     found: dict[str, Any] = {}
-    for name, options in (("whole", {}), ("1", {"ckpt_path": FOLDER / "whole" / "epoch=0.ckpt"}),
-                          ("2", {"ckpt_path": FOLDER / "whole" / "epoch=1.ckpt"})):  # fmt: skip
-        warm, look = warm_start(freeze=True, unfreeze=schedule), Look()
-        try:
-            trainer(name, warm, look, 3, unused=True).fit(new("configure_model"), data(), **options)
-            found[name] = look.seen
-        except WarmStartError as error:
-            found[name] = f"{type(error).__name__}: {error}"
+    for name, path in (("whole", None), ("1", "epoch=0.ckpt"), ("2", "epoch=1.ckpt")):
+        warm, look = warm_start(freeze=True, unfreeze={1: "encoder.down", 2: "encoder"}), Look()
+        of = trainer(name, warm, look, 3, unused=True)
+        path = None if path is None else FOLDER / "whole" / path
+        error = told(lambda of=of, path=path: of.fit(new("configure_model"), data(), ckpt_path=path))
+        found[name] = error or look.seen
     return found
+
+
+def told(act: Callable[[], object]) -> str:
+    """The error that stops it."""
+    try:
+        act()
+    except WarmStartError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def refused() -> dict[str, str]:
     """What stops, in words."""
-    out = {}
-    for name, fields in {"unused": {"freeze": True, "unfreeze": {1: "encoder"}}, "typo": {"freeze": "encodr"}}.items():
-        try:
-            trainer(f"refused-{name}", warm_start(**fields), Look(), 1).fit(new("configure_model"), data())
-            out[name] = ""
-        except WarmStartError as error:
-            out[name] = f"{type(error).__name__}: {error}"
-    return out
+
+    def fit(name: str, *more: Callback, **fields: Any) -> str:
+        return told(lambda: trainer(name, warm_start(**fields), Look(), 1, *more).fit(new("configure_model"), data()))
+
+    finder = trainer("tuner", warm_start(), Look(), 1)
+    return {
+        "unused": fit("unused", freeze=True, unfreeze={1: "encoder"}),
+        "typo": fit("typo", freeze="encodr"),
+        "tuner": told(lambda: Tuner(finder).lr_find(new("init"), data())) if SHARDED else "",
+        **{f"overwritten in {hook}": fit(hook, Overwrite(hook)) for hook in ("on_fit_start", "on_train_start")},
+    }
+
+
+def gone() -> dict[str, Any]:
+    """Resumed where the source is gone, from each form that the strategy saves a checkpoint in."""
+    found: dict[str, Any] = {}
+    for folder in (True, False) if SHARDED else (True,):
+        name = "folder" if folder else "file"
+        of = trainer(f"gone-{name}", warm_start(freeze="encoder.up"), first := Look(), 1, folder=folder)
+        of.fit(new("configure_model"), data())
+        path = FOLDER / f"gone-{name}" / "epoch=0.ckpt"
+        for case, freeze, strict in (
+            ("named", "encoder.up", True),
+            ("loose", "encoder.up", False),
+            ("all", True, True),
+        ):
+            warm, look, module = warm_start(FOLDER / "moved.pt", freeze=freeze), Look(), new("configure_model")
+            module.strict_loading = strict
+            of = trainer(f"gone-{name}-{case}", warm, look, 2, folder=folder)
+            error = told(lambda of=of, module=module, path=path: of.fit(module, data(), ckpt_path=path))
+            status = warm.state_dict()["status"]
+            found[f"{name}, {case}"] = look.seen | {"before": first.seen["end"], "error": error, "status": status}
+    return found
 
 
 if __name__ == "__main__":
     places = ("configure_model",) if STRATEGY == "tp" else ("init", "setup", "configure_model")
-    import faulthandler
-
-    faulthandler.dump_traceback_later(140, exit=True)
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
     results: dict[str, Any] = {place: cells(place) for place in places}
-    results |= {"frozen": frozen(), "staged": staged(), "refused": refused()}
+    results |= {"frozen": frozen(), "staged": staged(), "refused": refused(), "gone": gone()}
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     (FOLDER / f"rank-{rank}.json").write_text(json.dumps(results))
     if torch.distributed.is_initialized():

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from warmstart import (
@@ -337,7 +338,28 @@ def test_a_frozen_tensor_that_moves_in_training_is_named_at_the_epoch_s_end(tmp_
     assert caught.value.tensors == ("encoder.3.weight",)
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+class Checkpointed(Module):
+    """Keeps no activation of its encoder."""
+
+    use_reentrant = False
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0]
+        for layer in self.encoder:
+            x = checkpoint(layer, x, use_reentrant=self.use_reentrant)
+        return nn.functional.cross_entropy(self.head(x), batch[1])
+
+
+def test_field_note_22_gradient_checkpointing_reaches_the_first_layer_that_trains_past_frozen_ones(tmp_path, source):
+    module = Checkpointed()
+    trainer(tmp_path, WarmStart(source, into="encoder", freeze=["encoder.0", "encoder.1"])).fit(module, data())
+    before, after = weights(source), module.encoder.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith("3"))
+    assert not torch.equal(after["3.weight"], before["3.weight"])
+    assert not torch.equal(after["3.bias"], before["3.bias"])
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed", "64-true"])
 @pytest.mark.parametrize("memory", [False, True], ids=["file", "memory"])
 def test_precisions_that_cast_the_model_raise_no_false_alarm(tmp_path, source, precision, memory):
     class Cast(Module):

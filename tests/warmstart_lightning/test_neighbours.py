@@ -127,6 +127,46 @@ def test_field_note_35_backbone_finetuning_gets_what_was_loaded_and_is_left_to_i
     assert not torch.equal(runs[0]["backbone.0.weight"], pretrained(source)["0.weight"])
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_field_note_35_a_finetuning_scheduler_gets_what_was_loaded_and_is_left_to_itself(tmp_path, source, resume):
+    """Value by value the same run as one whose module loaded by hand, over two epochs and resumed after the first."""
+    fts = pytest.importorskip("finetuning_scheduler")
+    schedule = tmp_path / "schedule.yaml"
+    schedule.write_text(
+        "0: {params: [head.weight, head.bias], max_transition_epoch: 1}\n"
+        "1: {params: [backbone.3.weight, backbone.3.bias], max_transition_epoch: 9}\n"
+    )
+
+    class Scored(Module):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.training_step(batch, batch_idx))
+
+        val_dataloader = Module.train_dataloader
+
+    def run(own, module, folder, **kwargs):
+        scheduler = fts.FinetuningScheduler(ft_schedule=schedule, epoch_transitions_only=True, restore_best=False)
+        saving = fts.FTSCheckpoint(dirpath=folder, monitor="val_loss", save_last=True, save_top_k=-1)
+        fit = {k: kwargs.pop(k) for k in ("ckpt_path",) if k in kwargs}
+        trainer(tmp_path, *own, scheduler, saving, enable_checkpointing=True, **kwargs).fit(module, **fit)
+
+    runs = []
+    for name, by_hand in (("warm", False), ("by hand", True)):
+        own = [] if by_hand else [WarmStart(source, into="backbone")]
+        module = Scored()
+        if by_hand:
+            module.backbone.load_state_dict(pretrained(source))
+        if resume:
+            run(own, copy.deepcopy(module), tmp_path / name, max_epochs=1)
+            run(own, module, tmp_path / f"{name} on", ckpt_path=tmp_path / name / "last.ckpt")
+        else:
+            run(own, module, tmp_path / name)
+        runs.append(module.state_dict())
+    assert equal(*runs)
+    before = pretrained(source)
+    assert torch.equal(runs[0]["backbone.0.weight"], before["0.weight"])
+    assert not torch.equal(runs[0]["backbone.3.weight"], before["3.weight"])
+
+
 @pytest.mark.parametrize(
     "averaging",
     [

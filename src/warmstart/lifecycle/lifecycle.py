@@ -305,6 +305,11 @@ class Lifecycle:
             self._freeze.take_as_before(model, state)
         self._freeze.resume(state)
 
+    def restored_whole(self, model: nn.Module) -> None:
+        """A host has restored every entry, part by part, where no load of the whole model's state dict was to be seen."""
+        self._watch.seen = True
+        self._watch.matched |= model.state_dict(keep_vars=True).keys()
+
     def rearm(self) -> None:
         """A trial run of the host's own (a learning rate finder) is over and has put the weights back: check once more."""
         if self.report is not None and self.report.status == "applied":
@@ -405,8 +410,13 @@ class Lifecycle:
 
     def _settle_gone(self, model: nn.Module, resumed: bool) -> None:
         assert self._gone is not None
-        if not resumed or not self._watch.seen:
+        if not resumed:
             raise self._gone
+        if not self._watch.seen:
+            raise CheckpointError(
+                f"{self._gone}\nWhether the checkpoint that is resumed has all that it would have given is not known: it was "
+                "not loaded strictly, or not into the whole model\n  -> load it strictly, or put the source back"
+            )
         scopes = [part.into for part in self.parts]
         if lacking := [n for n in self._watch.lacking(model) if any(strip(n, into) is not None for into in scopes)]:
             raise CheckpointError(
