@@ -248,3 +248,17 @@ def test_a_release_holds_nothing_where_modes_were_to_be_left_alone():
     frozen.release("encoder2")
     assert frozen.held == ()
     assert model.encoder.training
+
+
+def test_field_note_11_statistics_that_run_on_because_modes_are_left_alone_are_told_so():
+    model = Net()
+    frozen = freeze_patterns(model, "encoder", held="train")
+    model.train()(torch.randn(16, 4))
+    with pytest.raises(FrozenChangedError, match=r'(?s)encoder\.1.*leave held="train" out'):
+        frozen.check()
+    held = warmstart.freeze(Net(), "encoder")
+    with torch.no_grad():
+        held.model.encoder[1].running_mean.add_(1)
+    with pytest.raises(FrozenChangedError, match="something wrote to them") as caught:
+        held.check()
+    assert "held=" not in str(caught.value)

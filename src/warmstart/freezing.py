@@ -145,7 +145,7 @@ class Frozen:
             raise FrozenChangedError(
                 f"{len(moved)} of {len(self) + len(self.rows)} frozen tensors are not what was frozen\n{listed(moved)}\n"
                 "  -> something wrote to them after the freeze; release what is meant to train: "
-                f'report.frozen.release(["{printable(moved[0][0])}"])',
+                f'report.frozen.release(["{printable(moved[0][0])}"]){self._left_in_train([name for name, _ in moved])}',
                 tensors=tuple(name for name, _ in moved),
             )
 
@@ -255,6 +255,17 @@ class Frozen:
     def _equal(self, tensor: Tensor, name: str, sampled: bool) -> bool:
         known, local = self._fingerprints[name], local_of(tensor)
         return digest(sample(local)) == known.sampled if sampled else digest(local) == known.full
+
+    def _left_in_train(self, moved: list[str]) -> str:
+        """What to type where running statistics moved because modes were to be left alone."""
+        statistics = not self._holds and any(
+            self._targets[name].kind == "buffer" for name in moved if name in self._targets
+        )
+        return (
+            '; statistics that run on are why frozen modules are held in eval: leave held="train" out'
+            if statistics
+            else ""
+        )
 
     def _hold(self) -> None:
         """Hold each maximal subtree that is frozen as a whole, and each module with frozen statistics, in eval."""

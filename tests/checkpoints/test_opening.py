@@ -54,6 +54,15 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     fails("org/name.pt", "there is no such file")
 
 
+def test_a_link_to_nothing_names_what_it_leads_to(tmp_path: Path) -> None:
+    """A copied hub cache often has the links of its snapshots without their blobs."""
+    (tmp_path / "weights.pt").symlink_to(tmp_path / "blobs" / "abc")
+    message = fails(tmp_path / "weights.pt", "weights.pt: a link to ", "blobs/abc', which is not there")
+    assert "did you mean" not in message
+    (tmp_path / "round").symlink_to("round")
+    fails(tmp_path / "round", "round: a link to ", "which is not there")
+
+
 def test_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "w.pt").write_bytes(b"")
     fails(tmp_path / "w.pt", "w.pt: the file is empty (0 bytes); copy or download it again")

@@ -230,7 +230,8 @@ def test_a_transformers_folder_is_built_from_its_config_without_memory(run, tmp_
     ("planned_modles:Net", "there is no module planned_modles"),
     ("planned_models:NeedsMore", "cannot be built without arguments (missing a required argument: 'width')"),
     ("planned_models:Raises", r"building it raised RuntimeError: no \x1b[31mGPU here"),
-    ("planned_models:number", "gives a int, not a torch.nn.Module"),
+    ("planned_models:number", "gives int, not a torch.nn.Module"),
+    ("planned_models", "planned_models is a module; name what it has, planned_models:Class"),
     ("broken_models:Net", "importing broken_models raised ZeroDivisionError"),
     ("lacking_models:Net", "importing lacking_models needs not_installed_at_all, which is not installed"),
 ])  # fmt: skip

@@ -28,6 +28,8 @@ PLAN = ("plan", "source.safetensors", "--model", "source.safetensors")
     (("plan", "source.safetensors"), 2, "--model is missing"),
     (("plan", "source.safetensors", "--model", "nothere.pt"), 3, "there is no such file"),
     ((*PLAN, "--intoo", "x"), 2, "'--intoo' is no option of plan; did you mean --into?"),
+    ((*PLAN, "--renam", "{a: b}"), 2, "'--renam' is no option of plan; did you mean --rename?"),
+    ((*PLAN, "--allow_mis", "x"), 2, "'--allow_mis' is no option of plan; did you mean --allow_missing or --allow_mismatched?"),
     ((*PLAN, "--match", "sufix"), 2, "--match: 'sufix' should be 'prefix', 'suffix'"),
     ((*PLAN, "--min_coverage", "much"), 2, "--min_coverage: 'much' should be a number or null"),
     ((*PLAN, "--min_coverage", "7"), 2, "a share between 0 and 1"),
@@ -38,7 +40,9 @@ PLAN = ("plan", "source.safetensors", "--model", "source.safetensors")
     ((*PLAN, "--config", "source.safetensors"), 2, "codec can't decode"),
     ((*PLAN, "--convert", "[{sources: a}]"), 2, "sources and targets are both needed"),
     ((*PLAN, "--config", "typo.yaml"), 2, "the file of --config: 'intoo' is no option of plan; did you mean into?"),
-    ((*PLAN, "--config", "broken.yaml"), 2, "Problems parsing config"),
+    ((*PLAN, "--config", "broken.yaml"), 2, "broken.yaml: is no YAML: while parsing a flow node"),
+    ((*PLAN, "--config", "empty"), 2, "empty: is empty; write options into it, such as into: encoder"),
+    ((*PLAN, "--config", "list.yaml"), 2, "list.yaml: holds a list where options should be, such as into: encoder"),
     ((*PLAN, "--config", "nothere.yaml"), 2, "--config: File does not exist"),
     ((*PLAN, "--config"), 2, "expected one argument"),
     (("inspect", "source.safetensors", "--sha256", "00" * 32), 3, "its SHA-256 is"),
@@ -60,6 +64,7 @@ def test_what_goes_wrong_is_said_once_and_clearly(run, source, tmp_path, argumen
     (tmp_path / "empty").touch()
     (tmp_path / "text").write_text("hello")
     (tmp_path / "typo.yaml").write_text("intoo: encoder\n")
+    (tmp_path / "list.yaml").write_text("- encoder\n")
     (tmp_path / "broken.yaml").write_text("into: [\n")
     before = sorted(p.name for p in tmp_path.iterdir())
     ran = run(*arguments)
@@ -80,6 +85,12 @@ def test_help_names_the_options_and_the_exit_codes(run, command):
     assert ran.code == 0
     assert "exit codes: 0" in ran.out
     assert all(name in ran.out for name in COMMANDS) if command is None else "--json" in ran.out
+
+
+def test_json_before_the_command_is_told_its_place(run):
+    ran = run("--json", "inspect", "source.safetensors")
+    assert ran.code == 2
+    assert ran.err == "warmstart: --json comes after the command: warmstart inspect SOURCE --json\n"
 
 
 def test_the_version(run):
@@ -143,3 +154,24 @@ def test_whatever_a_field_is_given_there_is_an_answer_or_one_message(run, source
     ran = run(*PLAN, f"--{name}={value}")
     assert ran.code in (0, 1, 2, 3)
     assert bool(ran.out) != bool(ran.err)
+
+
+@pytest.mark.parametrize(("arguments", "option"), [
+    (("plan", "source.safetensors", "--model", "two.pt"), "--model_checkpoint_key"),
+    (("suggest", "source.safetensors", "--model", "two.pt"), "--model_checkpoint_key"),
+    (("check", "two.pt", "source.safetensors"), "--model_checkpoint_key"),
+    (("diff", "source.safetensors", "two.pt"), "--other_checkpoint_key"),
+])  # fmt: skip
+def test_trees_of_the_second_checkpoint_are_told_with_the_option_that_takes_them(run, source, state, arguments, option):
+    torch.save({"model": state, "ema": state}, source.parent / "two.pt")
+    ran = run(*arguments)
+    assert ran.code == 3
+    assert f'  {option} "model"  (18 tensors' in ran.err
+    assert f'  {option} "ema"  (18 tensors' in ran.err
+    assert "\n  checkpoint_key=" not in ran.err
+
+
+def test_one_pattern_needs_no_list_anywhere(run, source):
+    for option in ("--select", "--include", "--accept"):
+        ran = run("suggest", source, "--model", source, option, "encoder")
+        assert "should be a list" not in ran.err, option

@@ -79,3 +79,8 @@ def test_the_navigation_names_every_page_once():
 
     nav = pages(yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), _Nav)["nav"])
     assert sorted(nav) == sorted(str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md"))
+
+
+def test_the_api_page_names_everything_once():
+    named = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name in named if named.count(name) > 1] == []

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 
@@ -764,3 +766,22 @@ def test_many_keys_stay_cheap():
     out = honour(keys, modules, {})
     assert sum(key.spelled != key.name for key in out.keys) == 400
     assert time.perf_counter() - started < 3
+
+
+def test_fsdp2_s_own_post_hooks_are_no_news_and_others_beside_them_are():
+    script = """
+import torch, torch.distributed as dist, warmstart
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+state = {name: value.clone() for name, value in net.state_dict().items()}
+fully_shard(net, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+assert net[0]._load_state_dict_post_hooks
+assert warmstart.plan(net, state).notes == (), warmstart.plan(net, state).notes
+net[1].register_load_state_dict_post_hook(lambda module, keys: None)
+assert [str(n) for n in warmstart.plan(net, state).notes] == [
+    "BatchNorm1d: hooks that run after load_state_dict are not called"
+], warmstart.plan(net, state).notes
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

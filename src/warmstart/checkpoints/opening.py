@@ -179,6 +179,10 @@ def _map(path: Path) -> MappedFile:
         raise CheckpointError(f"{shown(str(path))}: is no path (it holds a null byte); check it")
     refuse_tensorflow(path)
     if not path.exists():
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path}: a link to {shown(os.readlink(path), 200)}, which is not there; copy the file itself, as cp -L does"
+            )
         raise CheckpointError(
             f"{path}: there is no such file{_beside(path)}; check the path (relative to {Path.cwd()})"
         )

@@ -16,11 +16,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from warmstart.api import plan
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.cli.answers import Answer, Exit
 from warmstart.cli.comparing import Sums
 from warmstart.cli.models import skeleton
-from warmstart.cli.opening import opened
+from warmstart.cli.opening import opened, opened_beside
 from warmstart.cli.parsing import READING, RENAMING, add_rules, names_functions, pretrained
 from warmstart.cli.progress import progress
 from warmstart.errors import CheckpointError, WarmStartError
@@ -56,7 +55,7 @@ def run(options: Namespace) -> Answer:
     """Keys of the JSON: `verdict` (`yes`, `no`, `unknown`), `by_lineage`, `by_values`, `compared`, `equal`, `correlation` (the
     median over matrices), `distance` (of all together), `notes`.
     """
-    run_of = open_checkpoint(options.checkpoint, checkpoint_key=options.model_checkpoint_key)
+    run_of = opened_beside(options.checkpoint, options.model_checkpoint_key, "model_checkpoint_key")
     rules = pretrained(options, _OPTIONS)
     lineages = [record for record in recorded(run_of) if "unreadable" not in record]
     source = _source(rules, lineages)

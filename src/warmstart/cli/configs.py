@@ -22,6 +22,8 @@ OF_HOSTS: Final = frozenset(
 SEVERAL: Final = "(several)"
 """Stands where one source would, beside a list of them."""
 
+_KINDS: Final = {list: "a list", int: "a number", float: "a number", bool: "a truth value"}
+
 _FIELDS: Final = [field.name for field in fields(Pretrained)]
 
 
@@ -32,12 +34,22 @@ def config(path: str, options: Collection[str]) -> str:
     objects as `class_path` and `init_args`.
 
     Raises:
-        UsageError: Several sources for a command that takes one, or fields beside sources that have their own.
+        UsageError: The file is no YAML or no mapping; it has several sources for a command that takes one, or fields beside
+            sources that have their own.
     """
     try:
         file = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: is no YAML: {_in_words(error)}") from None
+    except (OSError, ValueError):
         return path  # the parser says what is wrong
+    if not isinstance(file, Mapping):
+        what = (
+            "is empty; write options into it"
+            if file is None
+            else f"holds {_KINDS.get(type(file), 'text')} where options should be"
+        )
+        raise UsageError(f"{path}: {what}, such as into: encoder")
     given = _arguments(file)
     if not isinstance(given, Mapping) or "pretrained" not in given:
         return path if given is file else _dumped(given)
@@ -72,6 +84,12 @@ def part(value: Any, where: str) -> Pretrained:
         return Pretrained(**given)
     except (MappingError, TypeError) as error:
         raise UsageError(f"{where}: {error}") from None
+
+
+def _in_words(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    said = " ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None)))) or "unreadable"
+    return f"{said}, line {mark.line + 1}, column {mark.column + 1}" if mark else said
 
 
 def _fields(source: Any) -> dict[str, Any]:

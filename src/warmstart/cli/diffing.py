@@ -11,10 +11,9 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.cli.answers import Answer, Exit
 from warmstart.cli.comparing import Sums
-from warmstart.cli.opening import opened
+from warmstart.cli.opening import opened, opened_beside
 from warmstart.cli.parsing import READING, RENAMING, add_rules, pretrained
 from warmstart.cli.progress import progress
 from warmstart.cli.ruled import RuledCheckpoint
@@ -41,7 +40,9 @@ def run(options: Namespace) -> Answer:
     """
     rules = pretrained(options, _RULES)
     a: Checkpoint = RuledCheckpoint(rules, opened(rules))
-    b = open_checkpoint(options.other, checkpoint_key=options.other_checkpoint_key, trust_pickle=rules.trust_pickle)
+    b = opened_beside(
+        options.other, options.other_checkpoint_key, "other_checkpoint_key", trust_pickle=rules.trust_pickle
+    )
     names_a, names_b = set(a.keys()), set(b.keys())
     common = [key for key in a.keys() if key in names_b]
     shapes = {k: (a.info(k).shape, b.info(k).shape) for k in common if a.info(k).shape != b.info(k).shape}

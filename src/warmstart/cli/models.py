@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import nn
 
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.cli.answers import UsageError
+from warmstart.cli.opening import opened_beside
 from warmstart.cli.parsing import find_modules_here
 from warmstart.errors import CheckpointError
 
@@ -23,6 +24,7 @@ HELP = (
     "What to plan for: pkg.mod:Class (a module, or a function without arguments that makes one), a transformers folder "
     "with its config.json, or another checkpoint, of which names and shapes are taken."
 )
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _PLACE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -38,7 +40,9 @@ def model_of(text: str, checkpoint_key: str | None) -> nn.Module:
         return _of_transformers(path)
     if not path.exists() and _PLACE.fullmatch(text):
         return _of_class(text)
-    return skeleton(open_checkpoint(text, checkpoint_key=checkpoint_key))
+    if not path.exists() and _is_module(text):
+        raise UsageError(f"--model {text}: {text} is a module; name what it has, {text}:Class")
+    return skeleton(opened_beside(text, checkpoint_key, "model_checkpoint_key"))
 
 
 def skeleton(checkpoint: Checkpoint) -> nn.Module:
@@ -67,6 +71,14 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
     return root
 
 
+def _is_module(text: str) -> bool:
+    find_modules_here()
+    try:
+        return _DOTTED.fullmatch(text) is not None and find_spec(text) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def _of_class(text: str) -> nn.Module:
     where, _, name = text.partition(":")
     find_modules_here()
@@ -91,7 +103,7 @@ def _of_class(text: str) -> nn.Module:
     if not isinstance(found, nn.Module):
         found = _built(found, text)
     if not isinstance(found, nn.Module):
-        raise UsageError(f"--model {text}: gives a {type(found).__name__}, not a torch.nn.Module")
+        raise UsageError(f"--model {text}: gives {type(found).__name__}, not a torch.nn.Module")
     return found
 
 

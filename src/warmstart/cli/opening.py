@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from warmstart.checkpoints.base import Checkpoint
+from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.errors import CheckpointError
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.sources import open_source
@@ -22,6 +23,18 @@ def opened(pretrained: Pretrained, checkpoint_key: str | None = None) -> Checkpo
     checkpoint = open_source(pretrained, checkpoint_key)
     checkpoint.check_sha256(pretrained.sha256)
     return checkpoint
+
+
+def opened_beside(path: str, checkpoint_key: str | None, option: str, *, trust_pickle: bool = False) -> Checkpoint:
+    """A command's second checkpoint, whose tree an option of its own chooses.
+
+    Raises:
+        CheckpointError: It cannot be read, or has several trees; then with that option.
+    """
+    try:
+        return open_checkpoint(path, checkpoint_key=checkpoint_key, trust_pickle=trust_pickle)
+    except CheckpointError as error:
+        raise CheckpointError(_CHOICE.sub(rf'  --{option} "\1"', str(error))) from error
 
 
 def opened_whole(pretrained: Pretrained) -> tuple[Checkpoint, list[Checkpoint]]:

@@ -186,10 +186,17 @@ def _in_words(message: str, command: str | None, labels: Mapping[str, str]) -> s
     see = f"see warmstart {f'{command} ' if command else ''}--help"
     if unknown := re.search(r"does not accept option '([^']*)'|unrecognized arguments: (\S+)", message):
         in_file, typed = unknown.groups()
+        if command is None and typed == "--json":
+            return "--json comes after the command: warmstart inspect SOURCE --json"
         near = difflib.get_close_matches((in_file or typed).lstrip("-"), labels, n=1)
         hint = f"; did you mean {labels[near[0]] if typed else near[0]}?" if near else ""
         where = "the file of --config: " if in_file else ""
         return f"{where}{in_file or typed!r} is no option of {command or 'warmstart'}{hint}; {see}"
+    if ambiguous := re.search(r"ambiguous option: (\S+) could match (.*)", message):
+        near_names = dict.fromkeys(name.strip().removesuffix("+") for name in ambiguous[2].split(","))
+        return (
+            f"{ambiguous[1]!r} is no option of {command or 'warmstart'}; did you mean {' or '.join(near_names)}?; {see}"
+        )
     if value := re.search(r'Parser key "([\w.]+)".*?(?:Given value|Got value): (.*)', message, re.DOTALL):
         wanted = re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message)
         kinds = " or ".join(dict.fromkeys(_KINDS.get(kind, kind) or choices for kind, choices in wanted))

@@ -41,7 +41,7 @@ def run(options: Namespace) -> Answer:
     made = plan(model_of(options.model, options.model_checkpoint_key), parts)
     code = Exit.DIFFERS if made.errors else Exit.OK
     text, lock = str(made), None
-    if made.errors:
+    if '=["' in text:
         text = f"{text}\n\n{_AS_OPTIONS}"
     if options.lock is not None and made.errors:
         text, lock = f"{text}\n\n{options.lock}: not written, because the plan has errors", "not written"

@@ -21,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=HELP)
     parser.add_argument("--model_checkpoint_key", help="Which tree, where --model is a checkpoint of several.")
     parser.add_argument(
-        "--accept", type=list[str], default=[], help="Entries whose proposals are taken too, as patterns."
+        "--accept", type=str | list[str], default=[], help="Entries whose proposals are taken too, as patterns."
     )
     parser.add_argument(
         "--no_vocabulary", action="store_true", help="Do without the declared words of known codebases."

@@ -126,7 +126,13 @@ class Loaded(Derivation):
 
 def may_say(module: nn.Module) -> bool:
     """Whether `honour` has anything to ask of a module."""
-    return has_own_way(module) or bool(module._load_state_dict_post_hooks) or is_parametrized(module)
+    return has_own_way(module) or _hooked_after(module) or is_parametrized(module)
+
+
+def _hooked_after(module: nn.Module) -> bool:
+    """Whether it has hooks that run after `load_state_dict`, apart from those by which FSDP2 follows replaced shards."""
+    hooks = module._load_state_dict_post_hooks.values()
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.distributed.") for hook in hooks)
 
 
 def honour(keys: list[Key], modules: Mapping[str, nn.Module], versions: Versions, into: str = "") -> Honoured:
@@ -143,7 +149,7 @@ def honour(keys: list[Key], modules: Mapping[str, nn.Module], versions: Versions
     """
     out = Honoured(keys)
     own = [path for path, module in modules.items() if has_own_way(module)]
-    after = [path for path, module in modules.items() if module._load_state_dict_post_hooks]
+    after = [path for path, module in modules.items() if _hooked_after(module)]
     if own or after:
         pool = _Pool(keys)
         done: dict[str, Counter[str]] = {}
