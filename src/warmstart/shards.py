@@ -22,6 +22,10 @@ Span = tuple[int, int]
 class Region(Protocol):
     """Which elements of a tensor a process holds."""
 
+    @property
+    def in_one(self) -> bool:
+        """Whether one slice has them all, so that what is read of memory is a view of it."""
+
     def take(self, whole: Tensor) -> Tensor:
         """Of the whole tensor, the part that is held, in the shape it is held in."""
 
@@ -38,6 +42,10 @@ class Box:
     """
 
     spans: tuple[tuple[Span, ...], ...]
+
+    @property
+    def in_one(self) -> bool:
+        return all(len(each) == 1 for each in self.spans)
 
     def take(self, whole: Tensor) -> Tensor:
         return self.read(lambda index: whole[index])
@@ -64,6 +72,10 @@ class Run:
     shape: Shape
     start: int
     stop: int
+
+    @property
+    def in_one(self) -> bool:
+        return True
 
     def take(self, whole: Tensor) -> Tensor:
         return whole.reshape(-1)[self.start : self.stop]

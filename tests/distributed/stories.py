@@ -27,7 +27,7 @@ def each_rank_reads_its_own_bytes(folder: Path) -> None:
     off = warmstart.load(cells.fsdp2(case), path, verify="off")
     assert 0.45 * size <= off.bytes_read <= 0.55 * size
     full = warmstart.load(cells.fsdp2_meta(case), path)
-    assert full.bytes_read <= 2 * 0.55 * size  # once to write, once to verify
+    assert full.bytes_read <= 0.55 * size  # compared while it is written
 
 
 def between_forward_and_backward(folder: Path) -> None:

@@ -77,7 +77,9 @@ class Values:
 
     def mapped(self, assignment: Assignment, current: Shard) -> MappedFile | None:
         """The file of which `planned` gives a view, bit for bit as it lies there; None where a value is made for the entry."""
-        if current.region is not None or assignment.adapter or assignment.conversion or assignment.fill is not None:
+        if assignment.adapter or assignment.conversion or assignment.fill is not None:
+            return None
+        if current.region is not None and not current.region.in_one:
             return None
         if assignment.cast is not None or (assignment.part, assignment.sources[0]) in self._copies:
             return None
