@@ -85,6 +85,24 @@ def rows_are_kept_and_held(folder: Path) -> None:
         assert not (after[name][11:] == expected[name][11:]).any()
 
 
+def there_and_back_through_dcp(folder: Path) -> None:
+    """A DCP folder under another codebase's names is loaded, trained on, and written in that layout again."""
+    import torch.distributed.checkpoint as dcp
+
+    case = CASES["renamed"]
+    model, back = cells.fsdp2(case), cells.fresh(case)
+    plan = warmstart.load(model, cells.path_of(folder, "renamed", "dcp"), **case.fields).plan
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    reverse = plan.reverse()
+    dcp.save({key: reverse.read(key) for key in reverse.keys()}, checkpoint_id=folder / "again")
+    warmstart.load(back, folder / "again", **case.fields)
+    expected = cells.whole(model)
+    assert set(reverse.keys()) == set(cells.trained(case))
+    assert all(same_bits(value, expected[name]) for name, value in cells.whole(back).items())
+
+
 def another_dtype_is_refused(folder: Path) -> None:
     model = cells.fsdp2(CASES["bf16"])
     before = cells.whole(model)
@@ -185,6 +203,7 @@ STORIES: dict[str, list[Callable[[Path], None]]] = {
         between_forward_and_backward,
         a_source_in_memory_is_remembered,
         rows_are_kept_and_held,
+        there_and_back_through_dcp,
         another_dtype_is_refused,
     ],
     "zero3": [deepspeed_trains_on_from_it, stale_masters_are_found, stale_masters_of_whole_parameters_are_found],

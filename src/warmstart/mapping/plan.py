@@ -124,6 +124,7 @@ class Plan(Buckets, Generic[R]):
         """The model as it is now in the checkpoint's own layout: the keys that were used, read lazily.
 
         Right after `apply` it is the checkpoint, bit for bit; after training it is what the same codebase would have saved.
+        Of a model that is spread over ranks, reading a key gathers it: every rank reads the same keys in the same order.
 
         Args:
             part: Which source's layout, as an index into `parts`; a plan with one source needs none.
