@@ -195,8 +195,8 @@ words_of_letters = st.text("bcdfghjklmnpqrtvwxz", min_size=4, max_size=9)  # wit
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_another_language_on_both_sides_makes_nothing_wrong(data):
+@given(st.data(), st.booleans())
+def test_another_language_on_both_sides_makes_nothing_wrong(data, vocabulary):
     keys, entries, truth = bert()
     known = sorted({w for n in (*keys, *entries) for w in n.split(".") if not w.isdecimal()} - {"weight", "bias"})
     drawn = data.draw(st.lists(words_of_letters, min_size=len(known), max_size=len(known), unique=True))
@@ -207,7 +207,9 @@ def test_another_language_on_both_sides_makes_nothing_wrong(data):
 
     checkpoint = Header({said(k): v for k, v in keys.items()})
     try:
-        suggestion = suggest_rules(net({said(e): v for e, v in entries.items()}), Pretrained(checkpoint), checkpoint)
+        suggestion = suggest_rules(
+            net({said(e): v for e, v in entries.items()}), Pretrained(checkpoint), checkpoint, vocabulary=vocabulary
+        )
     except MappingError:
         return
     assert not wrong(suggestion, {said(e): said(k) for e, k in truth.items()})

@@ -142,6 +142,7 @@ def _shifts(loose: list[tuple[Template, Template]]) -> list[tuple[int, ...]]:
 
 
 _WHY = {
+    Evidence.ELIMINATION: "the same names, in rows of another length",
     Evidence.SHAPES: "the only tensors of their shapes at corresponding places",
     Evidence.NUMBERS: "rows that count alike",
     Evidence.SOME_WORDS: "words in common at corresponding places",
