@@ -78,6 +78,22 @@ class DigitClassifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Digits(pl.LightningDataModule):
+    """The data of `digits()`, for a configuration file."""
+
+    @override
+    def setup(self, stage: str) -> None:
+        self.loaders = digits()
+
+    @override
+    def train_dataloader(self) -> Loader:
+        return self.loaders[0]
+
+    @override
+    def val_dataloader(self) -> Loader:
+        return self.loaders[1]
+
+
 class Curve(pl.Callback):
     """Keeps and prints the accuracy of every epoch."""
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import warmstart
-from warmstart import lineage as lineages
+from warmstart.checkpoints.torch_files import torch_file
 from warmstart.lineage import METADATA_KEY, as_metadata, lineage_of_copy, recorded, recorded_in_json
 
 
@@ -182,7 +182,7 @@ def test_a_pickle_that_holds_itself_ends(tmp_path, state):
 def test_a_file_without_the_word_is_not_unpickled_twice(tmp_path, state, monkeypatch):
     torch.save({"state_dict": state, "callbacks": {}}, tmp_path / "plain.ckpt")
     checkpoint = warmstart.open_checkpoint(tmp_path / "plain.ckpt")
-    monkeypatch.setattr(lineages, "unpickle", lambda *_: pytest.fail("unpickled"))
+    monkeypatch.setattr(torch_file, "unpickle", lambda *_: pytest.fail("unpickled"))
     assert recorded(checkpoint) == []
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from typing_extensions import Unpack, override
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import WeightAveraging
     from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
     from lightning.pytorch.utilities.model_helpers import is_overridden
 except ModuleNotFoundError as error:
@@ -23,13 +21,19 @@ except ModuleNotFoundError as error:
         "warmstart_lightning needs Lightning. Install it with: pip install 'warmstart[lightning]'", name=error.name
     ) from error
 
-from warmstart import Pretrained, PretrainedFields, Report, TimingError
+from warmstart import MappingError, Pretrained, PretrainedFields, Report
 from warmstart.api import Sources
 from warmstart.freezing import Frozen, Held
-from warmstart.lifecycle import Lifecycle, OnFreezeChange
+from warmstart.lifecycle import Lifecycle, OnFreezeChange, UnfreezeUnit
 from warmstart.mapping.plan import Verify
 from warmstart.mapping.pretrained import as_parts
-from warmstart_lightning.loggers import log_lineage, log_report, save_report, tell
+from warmstart.patterns import Patterns
+from warmstart_lightning.loggers import log_drift, log_lineage, log_report, save_report, tell
+from warmstart_lightning.neighbours import averaged_notes, refuse_at_setup, refuse_frozen
+from warmstart_lightning.once import Once
+from warmstart_lightning.strategies import Moment, moment, own_optimizers
+
+_STAGES = ("fit", "validate", "test", "predict")
 
 
 class WarmStart(Callback):
@@ -37,14 +41,20 @@ class WarmStart(Callback):
 
     Loading happens after the module's layers exist, wherever they are made (`__init__`, `setup` or `configure_model`),
     and before `configure_optimizers`; once for each model object (a second fit goes on from its trained weights, and
-    layers that `setup` made anew are loaded anew); never for validate, test or predict alone. A resumed
-    run (`ckpt_path=`) keeps its own weights. When training starts every value is compared with the source; at each
-    epoch's end and at the end of training the frozen tensors are compared with what they were.
+    layers that `setup` made anew are loaded anew); for validate, test or predict alone only where `stages` asks. A
+    resumed run (`ckpt_path=`) keeps its own weights. When training starts every value is compared with the source; at each
+    epoch's end and at the end of training the frozen tensors are compared with what they were, and how far the loaded
+    layers that train have moved is logged.
 
     Args:
         pretrained: A path, a state dict, a module, a `Pretrained`, or a list of them.
         verify: `"full"` compares every element, `"sample"` a fixed sample, `"off"` nothing.
         held: `"eval"` holds modules that are frozen as a whole in eval mode; `"train"` leaves their mode alone.
+        unfreeze: What to release when: a number of units of training, 1 at least, to patterns of frozen entries. They are in
+            the optimizer from the start; under DDP they need `find_unused_parameters=True`.
+        unfreeze_unit: `"epoch"`, or `"step"` of the optimizer.
+        stages: The trainer's methods that load: `"fit"`, and to score the pretrained weights before training also
+            `"validate"`, `"test"` or `"predict"`.
         on_freeze_change: Whether resuming a run that had frozen other entries is an `"error"`, or to be allowed.
         lock: A lock file (`Plan.to_yaml`): a run whose plan came out different is refused.
         log: Print the report, log it to the trainer's loggers and write it to the run's folder, as JSON and as a page.
@@ -54,6 +64,8 @@ class WarmStart(Callback):
 
     Attributes:
         report: What was loaded, from the start of training on.
+        drift: Path of each module that was loaded and trains, to its relative L2 distance from its pretrained values at the
+            last epoch's end, by a sample.
 
     Raises:
         WarmStartError: From `fit`: everything that `warmstart.load` raises, and what is found when training starts.
@@ -69,6 +81,9 @@ class WarmStart(Callback):
         *,
         verify: Verify = "full",
         held: Held = "eval",
+        unfreeze: Mapping[int, Patterns] | None = None,
+        unfreeze_unit: UnfreezeUnit = "epoch",
+        stages: Sequence[str] = ("fit",),
         on_freeze_change: OnFreezeChange = "error",
         lock: str | os.PathLike[str] | None = None,
         log: bool = True,
@@ -76,10 +91,23 @@ class WarmStart(Callback):
         **fields: Unpack[PretrainedFields],
     ) -> None:
         parts = as_parts(pretrained, fields)
-        self._life = Lifecycle(parts, verify=verify, held=held, on_freeze_change=on_freeze_change, lock=lock)
+        self._life = Lifecycle(
+            parts,
+            verify=verify,
+            held=held,
+            unfreeze=unfreeze,
+            unfreeze_unit=unfreeze_unit,
+            on_freeze_change=on_freeze_change,
+            lock=lock,
+        )
+        self._stages = (stages,) if isinstance(stages, str) else tuple(stages)
+        if "fit" not in self._stages or not set(self._stages) <= set(_STAGES):
+            raise MappingError(f'stages={stages!r}: "fit", and any of "validate", "test" and "predict"')
         self._key = name if name is not None else "+".join(part.into for part in parts)
         self._logs = log  # Lightning puts its own `log` on callbacks
-        self._once: _Once | None = None
+        self.drift: dict[str, float] = {}
+        self._moment: Moment = "set up"
+        self._once: Once | None = None
         self._checked = False
         self._first_batch = False
 
@@ -99,49 +127,39 @@ class WarmStart(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._checked = self._first_batch = False
-        if stage != "fit":
+        if stage not in self._stages:
             return
-        if trainer.strategy.restore_checkpoint_after_setup:
-            raise TimingError(
-                f"{type(trainer.strategy).__name__} shards the model after it is set up, which WarmStart does not support "
-                'yet; use Trainer(strategy="auto") or "ddp", or call warmstart.load(model, ...) before sharding'
-            )
+        self._moment = moment(trainer, self._stages)
         # Our setup comes before the module's own and before configure_model, and no hook lies between those and the
         # optimizer. So the last of them that the module has is wrapped on the instance, for one call.
         last = next((name for name in ("configure_model", "setup") if is_overridden(name, pl_module)), None)
-        self._refuse_averaging(trainer, pl_module)
+        if stage == "fit":
+            freezes = any(part.freeze for part in self._life.parts)
+            refuse_at_setup(trainer, pl_module, self, freezes=freezes)
+        self._end_wrap()
         if last is None:
-            self._apply(trainer, pl_module)
-            return
-        self._once = _Once(self, last, pl_module, lambda: self._apply(trainer, pl_module))
+            self._set_up(trainer, pl_module)
+        else:
+            self._once = Once(last, pl_module, lambda: self._set_up(trainer, pl_module))
 
     def _end_wrap(self) -> None:
         if self._once is not None:
             self._once.remove()
             self._once = None
 
-    def _refuse_averaging(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An averaging callback copies the model in its own setup; it must copy what was loaded."""
-        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-        averaging = next((c for c in callbacks if isinstance(c, WeightAveraging)), None)
-        if averaging is None:
-            return
-        if callbacks.index(averaging) < callbacks.index(self):
-            raise TimingError(
-                f"{type(averaging).__name__} stands before WarmStart and would average the model as it was before the load; "
-                "write Trainer(callbacks=[WarmStart(...), averaging])"
-            )
-        if is_overridden("setup", pl_module):
-            raise TimingError(
-                f"{type(averaging).__name__} copies the model before {type(pl_module).__name__}.setup has run, and so before "
-                "the load; make the layers in __init__ or configure_model instead of setup"
-            )
+    def _set_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._moment == "on_fit_start":
+            with torch.device("cpu"):
+                self._life.announce(pl_module, self._others(trainer))
+        else:
+            self._apply(trainer, pl_module)
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        others = [c._life for c in _warm_starts(trainer) if c is not self]
         # configure_model runs under the strategy's device and default dtype; what we make is ours.
         with torch.device("cpu"):
-            self._life.apply(pl_module, beside=others)
+            # Those of an earlier fit are still there as long as this one has none.
+            optimizers = trainer.optimizers if self._moment == "on_fit_start" else ()
+            self._life.apply(pl_module, self._others(trainer), optimizers=optimizers)
         if self._logs and self._life.report is not None:
             log_lineage(trainer.loggers, self._life.report)
 
@@ -161,11 +179,16 @@ class WarmStart(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._moment == "on_fit_start":
+            self._apply(trainer, pl_module)
         # The optimizer exists by now: what was to be frozen and is not yet never will be.
         gone = self._life.waiting
-        if gone is not None and (not _resumed(trainer) or not self._life.knows_what_to_freeze):
+        restored = not trainer.strategy.restore_checkpoint_after_setup
+        if gone is not None and restored and (not _resumed(trainer) or not self._life.knows_what_to_freeze):
             raise gone
         _expect_eval_mode(self._life.frozen, pl_module)
+        self._life.enforce()
+        refuse_frozen(trainer, self._life.frozen)
         # A learning rate finder stands before us and has had a trial run of its own by now.
         self._checked = self._first_batch = False
         self._life.rearm()
@@ -182,15 +205,29 @@ class WarmStart(Callback):
         if self._checked:
             return
         self._checked = True
-        first = self._life.start(pl_module, resumed=_resumed(trainer), optimizers=trainer.optimizers)
+        first = self._life.start(
+            pl_module,
+            resumed=_resumed(trainer),
+            optimizers=own_optimizers(trainer),
+            progress=self._progress(trainer),
+            bears_unused=getattr(trainer.strategy.model, "find_unused_parameters", True),
+        )
         self._first_batch = first
         if not self._logs:
             return
+        if first:
+            self._life.measure_drift(pl_module)
         folder = None if _leaves_no_trace(trainer) else trainer.log_dir  # broadcasts: all ranks ask
         if first and self.report is not None:
             self._tell(trainer, self.report, folder)
         elif first:
             rank_zero_info("warmstart: the source is gone; the resumed checkpoint has the weights")
+
+    def _progress(self, trainer: Trainer) -> int:
+        return trainer.global_step if self._life.unfreeze_unit == "step" else trainer.current_epoch
+
+    def _others(self, trainer: Trainer) -> list[Lifecycle]:
+        return [c._life for c in _warm_starts(trainer) if c is not self]
 
     @rank_zero_only
     def _tell(self, trainer: Trainer, report: Report, folder: str | None) -> None:
@@ -202,18 +239,50 @@ class WarmStart(Callback):
         save_report(Path(folder), f"warmstart{suffix}", report)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stage = trainer.state.fn
+        if stage is not None and stage != "fit" and stage.value in self._stages:
+            self._life.look(pl_module, resumed=_resumed(trainer))
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._life.unfreeze_unit == "epoch":
+            self._life.advance(self._progress(trainer))
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._first_batch:
             self._first_batch = False
             self._life.check_first_batch(pl_module)
+        if self._life.unfreeze_unit == "step":
+            self._life.advance(self._progress(trainer))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._life.guard(full=False)
+        if self._logs:
+            self.drift = self._life.drift(pl_module)
+            log_drift(trainer.loggers, self.drift, step=trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._life.guard(full=True)
+        notes = averaged_notes(trainer, self._life.frozen)
+        for note in notes:
+            rank_zero_info(f"warmstart: {note}")
+        if self.report is not None:
+            self.report.notes += notes
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -222,38 +291,6 @@ class WarmStart(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end_wrap()
-
-
-class _Once:
-    """Stands in for a module's method for one call, and acts after it.
-
-    Several can be stacked, and are removed in any order: one that is not on top is passed through until it is.
-    """
-
-    def __init__(self, owner: WarmStart, name: str, module: nn.Module, act: Callable[[], None]) -> None:
-        self.owner, self.name, self.module, self.act = owner, name, module, act
-        self.original = getattr(module, name)
-        self.before = module.__dict__.get(name)  # set on the instance by its user, or by another WarmStart
-        self.active = True
-        self.__wrapped__ = inspect.unwrap(self.original)  # Lightning looks here for whether the method is overridden
-        module.__dict__[name] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        act = self.active
-        self.owner._end_wrap()
-        result = self.original(*args, **kwargs)
-        if act:
-            self.act()
-        return result
-
-    def remove(self) -> None:
-        self.active = False
-        top = self.module.__dict__.get(self.name)
-        while isinstance(top, _Once) and not top.active:
-            del self.module.__dict__[self.name]
-            top = top.before
-            if top is not None:
-                self.module.__dict__[self.name] = top
 
 
 def _warm_starts(trainer: Trainer) -> list[WarmStart]:

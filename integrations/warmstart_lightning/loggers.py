@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,14 @@ def log_report(loggers: Sequence[Logger], report: Report, step: int) -> None:
         for by_name in writers:
             if (write := by_name.get(type(logger).__name__)) is not None:
                 _attempt(logger, write, logger, report, step)
+
+
+def log_drift(loggers: Sequence[Logger], drift: Mapping[str, float], step: int) -> None:
+    """How far each module has moved from its pretrained values; every `Logger` writes on one rank only."""
+    for logger in _real(loggers) if drift else ():
+        _attempt(
+            logger, logger.log_metrics, {f"warmstart/drift/{path or 'model'}": d for path, d in drift.items()}, step
+        )
 
 
 _Writer = Callable[[Any, Report, int], object]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from warmstart import CheckpointError, Pretrained, PretrainedFields, Report, TimingError
+from warmstart import CheckpointError, MappingError, Pretrained, PretrainedFields, Report, TimingError
 from warmstart.api import Sources
 from warmstart.freezing import Held
 from warmstart.lifecycle import OnFreezeChange, UnfreezeUnit
@@ -33,8 +32,9 @@ from warmstart.mapping.plan import Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_transformers.model_card import add_ancestor
-from warmstart_transformers.models import ModelLifecycle
-from warmstart_transformers.trackers import log_report
+from warmstart_transformers.models import ModelLifecycle, mark_loaded
+from warmstart_transformers.sharding import is_sharding, refuse_placeholders, refuse_sharding
+from warmstart_transformers.trackers import log_report, save_report
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -65,7 +65,8 @@ class WarmStartCallback(TrainerCallback):
         unfreeze_unit: `"epoch"` or `"step"`.
         on_freeze_change: Whether resuming a run that had frozen other entries is an `"error"`, or to be allowed.
         lock: A lock file (`Plan.to_yaml`): a run whose plan came out different is refused.
-        log: Print the report, log it to what `report_to` names and write it to `output_dir` as JSON.
+        log: Print the report, log it to what `report_to` names and write it to `output_dir` as JSON and,
+            with jinja2 installed, as a page.
         name: Tells two of these callbacks with the same `into` apart in checkpoints.
         **fields: `Pretrained`'s fields, for a single bare source.
 
@@ -201,19 +202,24 @@ class WarmStartCallback(TrainerCallback):
         return with_ancestor
 
     def _follow(self, args: TrainingArguments, control: TrainerControl) -> None:
-        for name, asked in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):  # or asked for by `accelerate launch`
-            if asked or os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() == "true":
-                raise TimingError(
-                    f"{name} shards the model after it is set up, which WarmStartCallback does not support yet; train with "
-                    "DistributedDataParallel, or call warmstart.load(model, ...) before Trainer(...)"
-                )
+        refuse_sharding(args)
         self._run, self._folder = weakref.ref(control), args.output_dir
 
     def _load(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-        others = [c._life for c in self._of_this_run() if c is not self]
+        beside = [callback for callback in self._of_this_run() if callback is not self]
+        if any(callback.state_key == self.state_key for callback in beside):
+            raise MappingError(
+                f"two warm starts of this Trainer are {self.state_key} in its checkpoints, where one would overwrite the "
+                'other; tell them apart: WarmStartCallback(..., name="adapter")'
+            )
+        others = [callback._life for callback in beside]
         optimizers = [optimizer] if optimizer is not None else []
         newest = self._manifest(_newest_checkpoint(self._folder))
+        with raised_on_all("look for placeholders"):
+            refuse_placeholders(model, self._life.plan)
         self._life.apply(model, others, optimizers=optimizers, manifest=newest)
+        if self.report is not None:
+            mark_loaded(model, self.report)
         if self._resuming is not None:
             self._life.resume(model, self._manifest(self._resuming))
 
@@ -270,7 +276,7 @@ class WarmStartCallback(TrainerCallback):
             resumed=resumed,
             optimizers=[optimizer] if optimizer is not None else [],
             progress=self._progress(state),
-            bears_unused=args.world_size == 1 or _finds_unused(args, model),
+            bears_unused=args.world_size == 1 or is_sharding() or _finds_unused(args, model),
         )
         self._first_step = first
         if first and self._log:
@@ -283,14 +289,11 @@ class WarmStartCallback(TrainerCallback):
                 print("warmstart: the source is gone; the resumed checkpoint has the weights")
             return
         if zero:
-            print(report)
+            report.show()
         log_report(report, args, state, self._trainer() if self._trainer is not None else None)
         if zero:
             suffix = f"-{self._key.replace('/', '_')}" if len(self._of_this_run()) > 1 else ""
-            try:
-                report.to_json(Path(str(args.output_dir), f"warmstart{suffix}.json"))
-            except OSError as error:
-                warnings.warn(f"warmstart: the report could not be written: {error}", UserWarning, stacklevel=2)
+            save_report(Path(str(args.output_dir)), f"warmstart{suffix}", report)
 
     def _of_this_run(self) -> list[WarmStartCallback]:
         """This and the other warm starts of the same Trainer."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
 from warmstart import MappingError, Plan, Pretrained, Report, api
@@ -18,11 +21,12 @@ class ModelLifecycle(Lifecycle):
     @override
     def plan(self, model: nn.Module) -> Plan[Report]:
         bare = _without_adapters(model)
-        if getattr(bare, "is_quantized", False):
+        if (quantised := _quantised(bare)) is not None:
             raise MappingError(
-                f"{type(bare).__name__} is quantised: its weights are packed integers with scales, which no checkpoint's "
-                "values can be copied into; load the pretrained weights when it is made, "
-                "from_pretrained(..., quantization_config=...), and leave the callback out"
+                f"{type(bare).__name__} is quantised ({quantised}): its weights are packed integers with scales, which no "
+                "checkpoint's values can be copied into; load the pretrained weights when it is made, "
+                "from_pretrained(..., quantization_config=...), or with warmstart.load before it is quantised, and leave the "
+                "callback out"
             )
         prefix = getattr(bare, "base_model_prefix", "")
         if not prefix or not isinstance(getattr(bare, prefix, None), nn.Module):
@@ -36,6 +40,18 @@ class ModelLifecycle(Lifecycle):
         return super().plan(model)
 
 
+def mark_loaded(model: nn.Module, report: Report) -> None:
+    """Mark as transformers marks it what was loaded, so that an init pass that runs later leaves it alone."""
+    loaded = {assignment.target for assignment in report.plan.assignments}
+    for path, module in model.named_modules():
+        own = dict(itertools.chain(module.named_parameters(path, False), module.named_buffers(path, False)))
+        for name, tensor in own.items():
+            if name in loaded:
+                tensor._is_hf_initialized = True
+        if own and own.keys() <= loaded:  # what releases before 5 look at
+            module._is_hf_initialized = True
+
+
 def _into_base(part: Pretrained, number: int, draft: Plan[Report], prefix: str) -> Pretrained:
     """`into` the base, where everything that was found of a source lies there: the head is then out of its scope."""
     if part.into:
@@ -45,6 +61,18 @@ def _into_base(part: Pretrained, number: int, draft: Plan[Report], prefix: str) 
     found = [entries[name].clean for name in [*assigned, *draft.mismatched]]
     in_base = all(strip(name, prefix) is not None for name in found)
     return dataclasses.replace(part, into=prefix) if assigned and in_base else part
+
+
+def _quantised(model: nn.Module) -> str | None:
+    """By what a model is quantised, if it is: as transformers marks it, in torch's own modules, or in its tensors."""
+    for module in model.modules():
+        if getattr(module, "is_quantized", False):
+            return type(getattr(module, "hf_quantizer", module)).__name__
+        if ".quantized" in (path := type(module).__module__) and path.startswith("torch.ao.nn."):
+            return type(module).__name__
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    packed = (t.data for t in tensors if is_traceable_wrapper_subclass(t.data) and not isinstance(t.data, DTensor))
+    return next((type(tensor).__name__ for tensor in packed), None)
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A report in whatever trackers `report_to` made active."""
+"""A report in the run's folder, and in whatever trackers `report_to` made active."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerState, TrainingArguments
@@ -13,8 +15,18 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from warmstart import Report
 
 
+def save_report(folder: Path, stem: str, report: Report) -> None:
+    """The report as JSON, and where jinja2 is installed as a page; a folder that takes no file costs a warning."""
+    try:
+        report.to_json(folder / f"{stem}.json")
+        if find_spec("jinja2") is not None:
+            report.to_html(folder / f"{stem}.html")
+    except OSError as error:
+        warnings.warn(f"warmstart: the report could not be written to {folder}: {error}", UserWarning, stacklevel=2)
+
+
 def log_report(report: Report, args: TrainingArguments, state: TrainerState, trainer: Trainer | None) -> None:
-    """Scalars to every tracker, the table as text and the lineage to those that take them; each rank calls it.
+    """Scalars to every tracker; table, lineage and, with matplotlib, the picture to those that take them; each rank calls it.
 
     Without a trainer there is no way to its trackers but their own: TensorBoard gets a run of its own beside the run's,
     MLflow and W&B have one that is active. With one, the scalars go where its own go, whatever the tracker.
@@ -31,6 +43,10 @@ def log_report(report: Report, args: TrainingArguments, state: TrainerState, tra
                 write(report, scalars, args, state, trainer)
             except Exception as error:  # a tracker that fails costs its entry, not the run
                 warnings.warn(f"warmstart: {name} did not take the report: {error}", UserWarning, stacklevel=2)
+
+
+def _draws() -> bool:
+    return find_spec("matplotlib") is not None
 
 
 def summary(report: Report) -> dict[str, Any]:
@@ -57,6 +73,8 @@ def _tensorboard(
         writer.add_scalar(tag, value, state.global_step)
     writer.add_text("warmstart/report", report.to_markdown(), state.global_step)
     writer.add_text("warmstart/lineage", "\n".join(f"- {k}: `{v}`" for k, v in summary(report).items()))
+    if _draws():
+        writer.add_figure("warmstart/coverage", report.figure(), state.global_step)
     writer.flush() if theirs else writer.close()
 
 
@@ -70,6 +88,8 @@ def _mlflow(
     mlflow.log_params({f"warmstart.{name}": str(value)[:250] for name, value in summary(report).items()})
     mlflow.log_text(report.to_markdown(), "warmstart/report.md")
     mlflow.log_dict(report.lineage, "warmstart/lineage.json")
+    if _draws():
+        mlflow.log_figure(report.figure(), "warmstart/coverage.png")
 
 
 def _wandb(
@@ -80,7 +100,8 @@ def _wandb(
         return
     wandb.run.config.update({"warmstart": summary(report)}, allow_val_change=True)
     table = wandb.Table(columns=["report"], data=[[report.to_markdown()]])
-    wandb.run.log({**scalars, "warmstart/report": table, "train/global_step": state.global_step})
+    picture = {"warmstart/coverage_map": wandb.Image(report.figure())} if _draws() else {}
+    wandb.run.log({**scalars, **picture, "warmstart/report": table, "train/global_step": state.global_step})
 
 
 # The three have a run that is found without the trainer; what else `report_to` knows gets the scalars through it.

@@ -1,44 +1,50 @@
 """Start training from pretrained weights: planned, verified by value, frozen, reported."""
 
-from warmstart.api import freeze, load, plan, suggest
-from warmstart.checkpoints.averaging import average
-from warmstart.checkpoints.base import Checkpoint, TensorInfo
-from warmstart.checkpoints.opening import open_checkpoint
-from warmstart.errors import (
-    CheckpointError,
-    FrozenChangedError,
-    MappingError,
-    TimingError,
-    VerificationError,
-    WarmStartError,
-)
-from warmstart.freezing import Frozen
-from warmstart.mapping.adapters.base import Adapter
-from warmstart.mapping.adapters.channels import AdaptInChannels
-from warmstart.mapping.adapters.inflation import InflateConv
-from warmstart.mapping.adapters.padding import SliceOrPad
-from warmstart.mapping.adapters.patch_embed import ResizePatchEmbed
-from warmstart.mapping.adapters.position_grid import ResizePosEmbed
-from warmstart.mapping.adapters.relative_bias import ResizeRelPosBias
-from warmstart.mapping.adapters.rows import MapRows
-from warmstart.mapping.buckets import Assignment, Mismatch
-from warmstart.mapping.conversions.conversion import Conversion
-from warmstart.mapping.conversions.ops import (
-    Apply,
-    Concat,
-    Permute,
-    Reshape,
-    RopePermute,
-    Split,
-    Stack,
-    Transpose,
-    Unstack,
-)
-from warmstart.mapping.plan import Plan
-from warmstart.mapping.pretrained import Pretrained, PretrainedFields
-from warmstart.mapping.suggesting.suggestion import Suggestion
-from warmstart.report import Report
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from warmstart.version import __version__
+
+if TYPE_CHECKING:
+    from warmstart.api import freeze, load, plan, suggest
+    from warmstart.checkpoints.averaging import average
+    from warmstart.checkpoints.base import Checkpoint, TensorInfo
+    from warmstart.checkpoints.opening import open_checkpoint
+    from warmstart.errors import (
+        CheckpointError,
+        FrozenChangedError,
+        MappingError,
+        TimingError,
+        VerificationError,
+        WarmStartError,
+    )
+    from warmstart.freezing import Frozen
+    from warmstart.mapping.adapters.base import Adapter
+    from warmstart.mapping.adapters.channels import AdaptInChannels
+    from warmstart.mapping.adapters.inflation import InflateConv
+    from warmstart.mapping.adapters.padding import SliceOrPad
+    from warmstart.mapping.adapters.patch_embed import ResizePatchEmbed
+    from warmstart.mapping.adapters.position_grid import ResizePosEmbed
+    from warmstart.mapping.adapters.relative_bias import ResizeRelPosBias
+    from warmstart.mapping.adapters.rows import MapRows
+    from warmstart.mapping.buckets import Assignment, Mismatch
+    from warmstart.mapping.conversions.conversion import Conversion
+    from warmstart.mapping.conversions.ops import (
+        Apply,
+        Concat,
+        Permute,
+        Reshape,
+        RopePermute,
+        Split,
+        Stack,
+        Transpose,
+        Unstack,
+    )
+    from warmstart.mapping.plan import Plan
+    from warmstart.mapping.pretrained import Pretrained, PretrainedFields
+    from warmstart.mapping.suggesting.suggestion import Suggestion
+    from warmstart.optimizer_groups import param_groups
+    from warmstart.report import Report
 
 __all__ = [
     "AdaptInChannels",
@@ -80,6 +86,64 @@ __all__ = [
     "freeze",
     "load",
     "open_checkpoint",
+    "param_groups",
     "plan",
     "suggest",
 ]
+
+# A public name is imported when it is first used, so that a program pays for what it uses; type checkers read the imports
+# above, and a test holds both to the same modules.
+_HOMES = {
+    "api": ("freeze", "load", "plan", "suggest"),
+    "checkpoints.averaging": ("average",),
+    "checkpoints.base": ("Checkpoint", "TensorInfo"),
+    "checkpoints.opening": ("open_checkpoint",),
+    "errors": (
+        "CheckpointError",
+        "FrozenChangedError",
+        "MappingError",
+        "TimingError",
+        "VerificationError",
+        "WarmStartError",
+    ),
+    "freezing": ("Frozen",),
+    "mapping.adapters.base": ("Adapter",),
+    "mapping.adapters.channels": ("AdaptInChannels",),
+    "mapping.adapters.inflation": ("InflateConv",),
+    "mapping.adapters.padding": ("SliceOrPad",),
+    "mapping.adapters.patch_embed": ("ResizePatchEmbed",),
+    "mapping.adapters.position_grid": ("ResizePosEmbed",),
+    "mapping.adapters.relative_bias": ("ResizeRelPosBias",),
+    "mapping.adapters.rows": ("MapRows",),
+    "mapping.buckets": ("Assignment", "Mismatch"),
+    "mapping.conversions.conversion": ("Conversion",),
+    "mapping.conversions.ops": (
+        "Apply",
+        "Concat",
+        "Permute",
+        "Reshape",
+        "RopePermute",
+        "Split",
+        "Stack",
+        "Transpose",
+        "Unstack",
+    ),
+    "mapping.plan": ("Plan",),
+    "mapping.pretrained": ("Pretrained", "PretrainedFields"),
+    "mapping.suggesting.suggestion": ("Suggestion",),
+    "optimizer_groups": ("param_groups",),
+    "report": ("Report",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'warmstart' has no attribute {name!r}")
+    value = getattr(import_module(f"warmstart.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 from typing_extensions import Unpack
 
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.opening import open_checkpoint
+from warmstart.checkpoints.places import is_gone
 from warmstart.errors import CheckpointError, MappingError, VerificationError
-from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns
+from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns, refuse_wrapped
 from warmstart.lineage import lineage
-from warmstart.loading.writing import write
+from warmstart.loading.agreement import agree, failing_on_all, raised_on_all
+from warmstart.loading.relaying import relayed, shared_reading
+from warmstart.loading.writing import Written, write
 from warmstart.mapping.lock import compare
-from warmstart.mapping.plan import Plan, Verify
+from warmstart.mapping.plan import Plan, Read, Verify
 from warmstart.mapping.planning import make_plan
 from warmstart.mapping.pretrained import Pretrained, PretrainedFields, Source, as_parts
-from warmstart.mapping.suggesting.suggesting import suggest_rules
+from warmstart.mapping.sources import open_source
 from warmstart.mapping.suggesting.suggestion import Suggestion
 from warmstart.mapping.targets import Targets
 from warmstart.patterns import Patterns
-from warmstart.rendering.page import write_page
 from warmstart.report import Report
 from warmstart.version import __version__
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_OTHER_MODE = {
+    "local": 'or let one rank of each node read for the others, on files that one rank has: read="broadcast"',
+    "broadcast": 'or let every rank read for itself: read="local"',
+}
 
 Sources = Pretrained | Sequence[Pretrained | Source] | Source
 
@@ -38,31 +50,49 @@ def load(
     *,
     verify: Verify = "full",
     lock: str | os.PathLike[str] | None = None,
+    read: Read = "local",
+    group: ProcessGroup | None = None,
     **fields: Unpack[PretrainedFields],
 ) -> Report:
     """Put pretrained weights into a model: plan, preflight, write in place, verify by value, freeze.
+
+    In a run of several processes every rank calls it: they agree before anything is written, and an error on one of them
+    is raised on all.
 
     Args:
         model: The model; on any error before the first write it is bit-for-bit untouched.
         pretrained: A path, a state dict, a module, a `Pretrained`, or a list of them.
         verify: `"full"` compares every element after writing, `"sample"` a fixed sample, `"off"` nothing.
         lock: A lock file, as `Plan.to_yaml` gives it: a plan that came out different is refused.
+        read: `"local"`: every rank reads what it holds of the model. `"broadcast"`: one rank of each node reads, and passes
+            every tensor on to the others; ranks that have no file need none.
+        group: The process group whose ranks must agree; None: all ranks. Give each pipeline stage its own, since their
+            models differ.
         **fields: `Pretrained`'s fields, for a single bare source.
 
     Returns:
         The report; `print(report)` shows the verdict and a grouped table.
 
     Raises:
-        CheckpointError: The source cannot be read.
+        CheckpointError: The source cannot be read, or is not the same on all ranks.
         MappingError: Something is not accounted for; the message lists everything, each with the line to type.
         VerificationError: The model does not hold what was written.
-        TimingError: The model is wrapped already, or changed since it was planned.
+        TimingError: The model is wrapped already, or changed since it was planned; or a rank did not come within
+            `WARMSTART_TIMEOUT` seconds (600).
 
     Example:
         >>> report = warmstart.load(model, "bert.safetensors", into="encoder", freeze=True)
         >>> print(report.verdict())
     """
-    return plan(model, pretrained, lock=lock, **fields).apply(verify=verify)
+    _model_first(model)
+    with failing_on_all("load", group, _OTHER_MODE.get(read, "")):
+        if read != "broadcast":
+            return plan(model, pretrained, lock=lock, **fields).apply(verify=verify, read=read, group=group)
+        parts = as_parts(pretrained, fields)
+        openers = [functools.partial(open_source, part) for part in parts]
+        with relayed(openers, any(is_gone(part.source) for part in parts), group) as checkpoints:
+            made = _planned(model, parts, checkpoints, lock)
+            return apply(made, verify=verify, read=read, group=group, shared=True)
 
 
 def plan(
@@ -81,13 +111,25 @@ def plan(
         CheckpointError: The source cannot be opened.
         MappingError: The model has entries of which this process holds a shard only; or `lock` is no lock file.
     """
+    _model_first(model)
+    parts = as_parts(pretrained, fields)
+    return _planned(model, parts, [open_source(part) for part in parts], lock)
+
+
+def _model_first(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"the model comes first and the source second: load(model, source), not a {type(model).__name__} first"
         )
-    parts = as_parts(pretrained, fields)
-    sources = [(part, opened(part)) for part in parts]
-    made = make_plan(model, sources, apply, write_page)
+
+
+def _planned(
+    model: nn.Module,
+    parts: Sequence[Pretrained],
+    checkpoints: Sequence[Checkpoint],
+    lock: str | os.PathLike[str] | None,
+) -> Plan[Report]:
+    made = make_plan(model, list(zip(parts, checkpoints, strict=True)), apply, _page)
     if lock is not None and (changed := compare(made, lock)):
         made = dataclasses.replace(made, errors=(*made.errors, *changed))
     return made
@@ -122,37 +164,54 @@ def suggest(
     """
     if isinstance(source, Sequence) and not isinstance(source, str):
         raise TypeError("suggest takes one source; ask for each of several alone, with into= or select=")
+    from warmstart.mapping.suggesting.suggesting import suggest_rules  # much code that a load does not need
+
     (pretrained,) = as_parts(source, fields)
-    return suggest_rules(model, pretrained, opened(pretrained), accept=accept, vocabulary=vocabulary, evidence=evidence)
-
-
-def opened(part: Pretrained, checkpoint_key: str | None = None) -> Checkpoint:
-    """The source of these rules, or another tree of it.
-
-    Raises:
-        CheckpointError: It cannot be opened.
-    """
-    return open_checkpoint(
-        part.source,
-        checkpoint_key=part.checkpoint_key if checkpoint_key is None else checkpoint_key,
-        revision=part.revision,
-        subfolder=part.subfolder,
-        trust_pickle=part.trust_pickle,
+    return suggest_rules(
+        model, pretrained, open_source(pretrained), accept=accept, vocabulary=vocabulary, evidence=evidence
     )
 
 
-def apply(plan: Plan[Report], *, verify: Verify = "full", held: Held = "eval") -> Report:
-    """Carry a plan out; `Plan.apply` with the choice of how frozen modules are held, for the hosts."""
+def apply(
+    plan: Plan[Report],
+    *,
+    verify: Verify = "full",
+    held: Held = "eval",
+    read: Read = "local",
+    group: ProcessGroup | None = None,
+    shared: bool = False,
+) -> Report:
+    """Carry a plan out; `Plan.apply` with the choice of how frozen modules are held, for the hosts.
+
+    With `shared` the ranks have already settled which of them read.
+    """
+    written: Written | None = None
     try:
-        written = write(plan, verify)
+        with raised_on_all("load", group, _OTHER_MODE["broadcast"] if read == "broadcast" else ""):
+            if verify not in ("full", "sample", "off"):
+                raise MappingError(f"verify={verify!r}: one of 'full', 'sample', 'off'")
+            if read not in ("local", "broadcast"):
+                raise MappingError(f"read={read!r}: 'local' or 'broadcast'")
+            plan.raise_errors()
+            agree(plan, group, verify=verify, held=held, read=read)
+            settled = read == "local" or shared
+            with contextlib.nullcontext(plan) if settled else shared_reading(plan, group) as plan:
+                written = write(plan, verify, group)
+            rows, entries = plan.held_rows, plan.targets
+            frozen = freeze_entries(plan.model, plan.freeze, entries, held, rows=rows) if plan.freeze or rows else None
     except (CheckpointError, VerificationError) as error:
-        if error.report is not None:  # writing had begun
-            error.report = Report(plan, error.report, lineage(plan, __version__), None)
+        written = error.report or written
+        if written is not None:  # writing had begun
+            error.report = Report(plan, written, lineage(plan, __version__), None)
             error.report.status = "failed"
         raise
-    rows = plan.held_rows
-    frozen = freeze_entries(plan.model, plan.freeze, plan.targets, held, rows=rows) if plan.freeze or rows else None
     return Report(plan, written, lineage(plan, __version__), frozen)
+
+
+def _page(path: str | os.PathLike[str], plan: Plan[Report]) -> Path:
+    from warmstart.rendering.page import write_page
+
+    return write_page(path, plan)
 
 
 def freeze(model: nn.Module, patterns_or_report: Patterns | Report) -> Frozen:
@@ -167,10 +226,12 @@ def freeze(model: nn.Module, patterns_or_report: Patterns | Report) -> Frozen:
 
     Raises:
         MappingError: A pattern matches nothing.
+        TimingError: The model is wrapped in DistributedDataParallel already.
     """
+    targets = Targets.of(model)
+    refuse_wrapped(targets)
     if isinstance(patterns_or_report, Report):
         plan = patterns_or_report.plan
-        targets = Targets.of(model)
         names = [a.target for a in plan.assignments]
         if lost := [name for name in names if name not in targets.entries]:
             raise MappingError(

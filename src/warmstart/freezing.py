@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,12 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from warmstart.errors import FrozenChangedError, MappingError
+from warmstart.errors import FrozenChangedError, MappingError, TimingError
 from warmstart.held_rows import HeldRows
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import did_you_mean
 from warmstart.mapping.targets import Live, Target, Targets
 from warmstart.patterns import Patterns, PatternSet
+from warmstart.shards import gathered, is_sharded, local_of
 from warmstart.tensors import digest, sample
 
 Held = Literal["eval", "train"]
@@ -53,7 +55,8 @@ class _Fingerprint:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Fingerprint:
-        return cls(tensor.dtype, digest(tensor), digest(sample(tensor)))
+        local = local_of(tensor)
+        return cls(local.dtype, digest(local), digest(sample(local)))
 
 
 class Frozen:
@@ -88,6 +91,7 @@ class Frozen:
                 target.tensor.requires_grad_(False)
                 target.tensor.grad = None
         self._deferred: list[Target] = []
+        self._sealed: frozenset[str] = frozenset()
         self._held: list[tuple[str, list[nn.Module]]] = []
         self._holds = held == "eval"
         self._hold()
@@ -144,6 +148,22 @@ class Frozen:
                 tensors=tuple(name for name, _ in moved),
             )
 
+    def follow(self, *, resumed: bool) -> None:
+        """Go on with the shards that a wrapper put in the place of whole frozen parameters; each rank calls it.
+
+        The shards of all ranks together must be what was frozen, unless a resume has put the run's own values there.
+        """
+        live = Live(self.model)
+        for name, target in sorted(self._targets.items()):
+            tensor = live.tensor(target)
+            if tensor is None or tensor is target.tensor or not is_sharded(tensor) or is_sharded(target.tensor):
+                continue
+            known = self._fingerprints[name]
+            if resumed or digest(gathered(tensor).to(known.dtype)) == known.full:
+                self._targets[name] = dataclasses.replace(target, tensor=tensor)
+                self._fingerprints[name] = _Fingerprint.of(tensor)
+        self._deferred = [self._targets[target.name] for target in self._deferred]
+
     def rebase(self, *, all_values: bool) -> None:
         """Take the present values as the frozen ones: all (a resume put the run's own there), or where the dtype changed."""
         live = Live(self.model)
@@ -183,6 +203,10 @@ class Frozen:
             target.tensor.grad = None
         self._deferred = []
 
+    def seal(self) -> None:
+        """The model is wrapped in what averages gradients over ranks, which never averages those of what is frozen now."""
+        self._sealed = frozenset(name for name, target in self._targets.items() if not target.tensor.requires_grad)
+
     def release(self, patterns: Patterns, optimizer: torch.optim.Optimizer | None = None) -> tuple[str, ...]:
         """Unfreeze what the patterns match, and end the eval mode that was held for it.
 
@@ -195,6 +219,7 @@ class Frozen:
 
         Raises:
             MappingError: A pattern matches nothing that is frozen.
+            TimingError: Ranks would train what was frozen when the model was wrapped apart from each other.
         """
         chosen = PatternSet(patterns, where="release")
         released = [n for n, t in self._targets.items() if chosen.matches(n, t.clean)]
@@ -204,6 +229,12 @@ class Frozen:
         if unused := chosen.without_hit():
             hint = did_you_mean(unused[0].text, [*self._targets, *self.rows])
             raise MappingError(f"release({unused[0].text!r}) matches nothing that is frozen{hint}")
+        if apart := [name for name in released if name in self._sealed and name in self.trained]:
+            raise TimingError(
+                f"{len(apart)} parameters were frozen when the model was wrapped in DistributedDataParallel, which would not "
+                f"average their gradients: each rank would train its own\n{listed((name, '') for name in apart)}\n"
+                f'  -> say so before it is wrapped: unfreeze={{100: ["{printable(apart[0])}"]}}, find_unused_parameters=True'
+            )
         for name in partly:
             self.rows.pop(name).release()
         parameters = []
@@ -222,8 +253,8 @@ class Frozen:
         return (*released, *partly)
 
     def _equal(self, tensor: Tensor, name: str, sampled: bool) -> bool:
-        known = self._fingerprints[name]
-        return digest(sample(tensor)) == known.sampled if sampled else digest(tensor) == known.full
+        known, local = self._fingerprints[name], local_of(tensor)
+        return digest(sample(local)) == known.sampled if sampled else digest(local) == known.full
 
     def _hold(self) -> None:
         """Hold each maximal subtree that is frozen as a whole, and each module with frozen statistics, in eval."""
@@ -285,13 +316,35 @@ def freeze_patterns(model: nn.Module, patterns: Patterns, held: Held = "eval") -
     Raises:
         MappingError: A pattern matches nothing.
     """
+    return freeze_entries(model, entries_matching(model, patterns), Targets.of(model), held)
+
+
+def entries_matching(model: nn.Module, patterns: Patterns) -> list[str]:
+    """The entries that patterns name.
+
+    Raises:
+        MappingError: A pattern matches nothing.
+    """
     targets = Targets.of(model)
     chosen = PatternSet(patterns, where="freeze")
     names = [name for name in targets.entries if chosen.matches(*targets.spellings(name))]
     if unused := chosen.without_hit():
         hint = did_you_mean(unused[0].text, [t.clean for t in targets.entries.values()])
         raise MappingError(f"freeze={unused[0].text!r} matches no model entry{hint}")
-    return freeze_entries(model, names, targets, held)
+    return names
+
+
+def refuse_wrapped(targets: Targets) -> None:
+    """Refuse to freeze in a model whose wrapper was made for gradients of what trained then.
+
+    Raises:
+        TimingError: The model is wrapped in DistributedDataParallel.
+    """
+    if "DistributedDataParallel" in targets.wrapped:
+        raise TimingError(
+            "the model is wrapped in DistributedDataParallel, whose reducer would wait for the frozen parameters; load "
+            "and freeze first, then wrap: warmstart.load(model, ..., freeze=...); model = DistributedDataParallel(model)"
+        )
 
 
 def _to_hold(model: nn.Module, frozen: set[tuple[int, str]]) -> list[tuple[str, list[nn.Module]]]:

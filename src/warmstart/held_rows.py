@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from warmstart.shards import Box, full_shape, is_sharded, local_of, shard_of
 from warmstart.tensors import digest, sample
 
 
@@ -35,9 +36,11 @@ class HeldRows:
         self.tensor = tensor
         varying = [d for d in range(tensor.dim()) if mask is not None and mask.shape[d - tensor.dim()] > 1]
         self.dim = varying[0] if varying else 0
-        size = tensor.shape[self.dim]
-        rows = torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).expand(size)
-        self.index = rows.nonzero().reshape(-1).to(tensor.device)
+        size = full_shape(tensor)[self.dim]
+        self._rows = torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).expand(size)
+        shard = shard_of(tensor)
+        here = Box((shard.region.spans[self.dim],)).take(self._rows) if isinstance(shard.region, Box) else self._rows
+        self.index = here.nonzero().reshape(-1).to(tensor.device)
         self._kept: Tensor | None = None
         self._hook: RemovableHandle | None = None
         self.released = False
@@ -55,15 +58,13 @@ class HeldRows:
     @property
     def mask(self) -> Tensor:
         """The held rows as booleans that broadcast to the parameter."""
-        size = self.tensor.shape[self.dim]
-        mask = torch.zeros(size, dtype=torch.bool)
-        mask[self.index.cpu()] = True
-        return mask.reshape([size if d == self.dim else 1 for d in range(self.tensor.dim())])
+        return self._rows.reshape([-1 if d == self.dim else 1 for d in range(self.tensor.dim())])
 
     def rows(self) -> Tensor:
-        """A copy of the held rows."""
-        self.index = self.index.to(self.tensor.device)  # the host may have moved the model since
-        return self.tensor.detach().index_select(self.dim, self.index)
+        """A copy of the held rows, of a sharded parameter of those that this process has."""
+        local = local_of(self.tensor).detach()
+        self.index = self.index.to(local.device)  # the host may have moved the model since
+        return local.index_select(self.dim, self.index)
 
     def rebase(self) -> None:
         """Take the present values as the held ones."""
@@ -88,6 +89,10 @@ class HeldRows:
         _ACTIVE.discard(self)
 
     def _without_gradient(self, grad: Tensor) -> Tensor:
+        if is_sharded(
+            self.tensor
+        ):  # engines show hooks such a gradient in any placement, or not at all: see `_before_step`
+            return grad
         if grad.is_sparse:  # of an embedding with sparse=True: (row, value) pairs
             grad = grad.coalesce()
             free = ~torch.isin(grad.indices()[0], self.index.to(grad.device))
@@ -99,11 +104,14 @@ class HeldRows:
     def _before_step(self) -> None:
         self._set_hook()
         self._kept = self.rows()
+        grad = self.tensor.grad
+        if grad is not None and is_sharded(grad) and local_of(grad).shape == local_of(self.tensor).shape:
+            local_of(grad).index_fill_(self.dim, self.index, 0)
 
     def _after_step(self) -> None:
         if self._kept is not None:
             with torch.no_grad():
-                self.tensor.index_copy_(self.dim, self.index, self._kept)
+                local_of(self.tensor).index_copy_(self.dim, self.index, self._kept)
             self._kept = None
 
 

@@ -8,19 +8,19 @@ import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from warmstart.checkpoints import jsons
-from warmstart.checkpoints.archive import STORED, read_directory
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.checkpoints.leaves import MappedFile
-from warmstart.checkpoints.torch_files.torch_file import find_pickle, unpickle
 from warmstart.errors import CheckpointError
 from warmstart.locations import public
-from warmstart.mapping.plan import Plan
-from warmstart.mapping.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from warmstart.mapping.plan import Plan
+    from warmstart.mapping.pretrained import Pretrained
 
 METADATA_KEY: Final = "warmstart_lineage"
 """Under which a safetensors file's `__metadata__` holds the lineage of its tensors, as JSON."""
@@ -32,7 +32,7 @@ MAX_BYTES: Final = 16 << 20
 MAX_VALUES: Final = 100_000
 MAX_DEPTH: Final = 100
 
-_FOLDER_MARKS: Final = ("config.json", "trainer_state.json", ".metadata")
+_FOLDER_MARKS: Final = ("config.json", "trainer_state.json", ".metadata", "random_states_0.pkl")
 
 
 def lineage(plan: Plan, version: str) -> dict[str, Any]:
@@ -129,6 +129,9 @@ def _from_torch(path: Path) -> list[dict[str, Any]]:
     file = MappedFile(path)
     if file.map[:4] != b"PK\x03\x04":
         return []
+    from warmstart.checkpoints.archive import STORED, read_directory
+    from warmstart.checkpoints.torch_files.torch_file import find_pickle, unpickle
+
     members = read_directory(file)
     folder = find_pickle(members)
     if folder is None:

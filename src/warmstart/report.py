@@ -14,11 +14,8 @@ from warmstart.loading.verifying import Difference, differences, raise_differenc
 from warmstart.mapping.buckets import Assignment, Mismatch
 from warmstart.mapping.plan import Verify
 from warmstart.outcome import Outcome
-from warmstart.rendering import console
 from warmstart.rendering import text as rendering
-from warmstart.rendering.figure import figure
 from warmstart.rendering.files import write_whole
-from warmstart.rendering.page import write_page
 
 
 class Report(Outcome):
@@ -115,6 +112,8 @@ class Report(Outcome):
         Raises:
             ModuleNotFoundError: jinja2 is not installed.
         """
+        from warmstart.rendering.page import write_page
+
         return write_page(path, self.plan, self)
 
     def figure(self) -> Any:
@@ -123,11 +122,15 @@ class Report(Outcome):
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
+        from warmstart.rendering.figure import figure
+
         return figure(self.plan, self)
 
     def show(self) -> None:
         """Print the report: in colour where rich is installed and standard output is a terminal, else as plain text."""
-        console.show(self)
+        from warmstart.rendering.console import show
+
+        show(self)
 
     def to_markdown(self) -> str:
         """Verdict, grouped table and notes, for trackers that show Markdown."""

@@ -36,6 +36,17 @@ def test_metadata_and_an_unaligned_header(tmp_path: Path) -> None:
         assert same_bits(checkpoint.read("w", 1), torch.tensor(2.0))
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x4B50, 0x0A8080])
+def test_a_header_whose_length_is_the_magic_of_another_format(tmp_path: Path, length: int) -> None:
+    """One header length in 2,048 starts like a pickle; and 0x4B50 like half of a zip archive."""
+    text = json.dumps({"w": entry(0, 8, shape=[2])}).encode()
+    path = write(tmp_path / "w", text + b" " * (length - len(text)), struct.pack("<2f", 1, 2))
+    for trust in (False, True):
+        checkpoint = open_checkpoint(path, trust_pickle=trust)
+        assert checkpoint.format == "safetensors"
+        assert same_bits(checkpoint.read("w"), torch.tensor([1.0, 2.0]))
+
+
 def test_truncation_says_expected_and_actual(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file({"w": torch.zeros(100), "v": torch.zeros(10)}, path)

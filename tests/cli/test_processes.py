@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,46 @@ def test_kill_9_in_the_middle_leaves_the_old_file_whole(folder, run):
     assert len(load_file(folder / "out.safetensors")) == 18
 
 
+def test_kill_9_in_the_middle_leaves_the_old_folder_whole(folder, run):
+    assert run("convert", "source.safetensors", "out", "--format", "sharded").code == 0
+    before = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    process = in_the_middle(folder, "out", "--format", "sharded", "--force")
+    process.kill()
+    process.communicate(timeout=60)
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before
+    renamed = ("--rename", '{"encoder": "e"}')
+    assert run("convert", "source.safetensors", "out", "--format", "sharded", "--force", *renamed).code == 0
+    assert "e.layer.0.q.bias" in (folder / "out" / "model.safetensors.index.json").read_text()
+
+
+def test_a_folder_is_replaced_in_one_step(tmp_path):
+    """Whoever looks while one folder takes the other's place finds one of them, whole."""
+    out, program = (
+        tmp_path / "out",
+        (
+            "import pathlib, sys, warmstart.cli.placing as placing\n"
+            "out = pathlib.Path(sys.argv[1])\n"
+            "for number in range(200):\n"
+            "    with placing.whole_folder(out, force=True) as made:\n"
+            "        for name in 'ab':\n"
+            "            (made / f'{name}.safetensors').write_text(str(number))\n"
+        ),
+    )
+    out.mkdir()
+    for name in "ab":
+        (out / f"{name}.safetensors").write_text("-1")
+    process = subprocess.Popen([sys.executable, "-c", program, out])
+    handle, seen = os.open(tmp_path, os.O_RDONLY), 0
+    while process.poll() is None:
+        assert os.access("out", os.F_OK, dir_fd=handle)
+        seen += 1
+    os.close(handle)
+    assert process.returncode == 0
+    assert seen > 0
+    assert {path.read_text() for path in out.iterdir()} == {"199"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_broken_pipe_is_quiet_and_keeps_the_exit_code(folder):
     script = f"{sys.executable} -m warmstart inspect source.safetensors --json | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=120)
@@ -127,12 +168,24 @@ def test_a_read_only_disk_is_said(run, source, small_disk):
         assert len(ran.err.splitlines()) == 1
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_said(run, source):
-    source.chmod(0)
-    ran = run("inspect", source)
-    assert ran.code == 3
-    assert "Permission denied" in ran.err
+def test_a_file_that_may_not_be_read_and_a_folder_that_may_not_be_written_are_said(folder):
+    words: tuple[str, ...] = WARMSTART
+    if os.geteuid() == 0:  # root reads everything, unless it gives that up
+        if shutil.which("setpriv") is None:
+            pytest.skip("root reads everything, and there is no setpriv to give that up with")
+        words = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *WARMSTART)
+    (folder / "secret.safetensors").write_bytes((folder / "source.safetensors").read_bytes())
+    (folder / "secret.safetensors").chmod(0)
+    (folder / "closed").mkdir(mode=0o500)
+    for command in (
+        ("inspect", "secret.safetensors"),
+        ("convert", "source.safetensors", "closed/out.safetensors"),
+        ("plan", "source.safetensors", "--model", "source.safetensors", "--lock", "closed/l.yaml"),
+    ):
+        done = subprocess.run([*words, *command], cwd=folder, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 3, done.stderr
+        assert "Permission denied" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_without_jsonargparse_the_line_to_install_it_is_said(folder):

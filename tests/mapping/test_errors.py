@@ -84,7 +84,7 @@ bert.pt does not fit Net: 5 errors, nothing was written
 
 unused: rename rule 'gamma' matches no checkpoint key in whole segments ...
 
-unused: allow_missing='poolr' matches no model entry; did you mean 'pooler' or 'pooler.w' or 'pooler.b'? ...
+unused: allow_missing='poolr' matches no model entry (did you mean 'pooler' or 'pooler.w' or 'pooler.b'?) ...
 
 missing: 5 model entries without a key in the checkpoint
     encoder.7.{key,query,value}.weight  (4, 4)  x3
@@ -132,26 +132,26 @@ def test_fv_7_missing_names_are_grouped():
 def test_bv_4_each_side_is_told_from_the_other():
     text = warmstart.plan(Net(["a", "mine"]), Header(["a", "theirs"])).explain()
     assert "missing: 1 model entry without a key in the checkpoint\n    mine  (2,)\n" in text
-    assert "unexpected: 1 key of bert.pt fit nothing in the model\n    theirs  (2,)\n" in text
+    assert "unexpected: 1 key of bert.pt fits nothing in the model\n    theirs  (2,)\n" in text
 
 
 def test_every_source_is_named():
     plan = warmstart.plan(Net(["a", "b"]), [Header(["a"]), {"b": torch.zeros(2), "c": torch.zeros(2)}])
     assert plan.explain().startswith("bert.pt, a state dict in memory does not fit Net: 1 error, nothing was written")
-    assert "1 key of a state dict in memory fit nothing in the model" in plan.explain()
+    assert "1 key of a state dict in memory fits nothing in the model" in plan.explain()
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"into": "encoderr"}, "into='encoderr' is no module of the model; did you mean 'encoder'"),
+        ({"into": "encoderr"}, "into='encoderr' is no module of the model (did you mean 'encoder'"),
         ({"into": "encoder.att"}, "did you mean 'encoder.attn'"),
-        ({"exclude": "encoder.atn"}, "exclude='encoder.atn' matches no model entry; did you mean 'encoder.attn'"),
-        ({"freeze": "hed.*"}, "freeze='hed.*' matches no model entry; did you mean 'head'"),
+        ({"exclude": "encoder.atn"}, "exclude='encoder.atn' matches no model entry (did you mean 'encoder.attn'"),
+        ({"freeze": "hed.*"}, "freeze='hed.*' matches no model entry (did you mean 'head'"),
         ({"select": "module.encoderr"}, "select='module.encoderr' matches no checkpoint key"),
-        ({"allow_unexpected": "haed"}, "allow_unexpected='haed' matches no checkpoint key; did you mean 'head'"),
-        ({"strip_prefix": "encdoer"}, "is the leading path of no checkpoint key; did you mean 'encoder'"),
-        ({"rename": {r"^encdoer\.": ""}}, "matches no checkpoint key in whole segments; did you mean 'encoder'"),
+        ({"allow_unexpected": "haed"}, "allow_unexpected='haed' matches no checkpoint key (did you mean 'head'"),
+        ({"strip_prefix": "encdoer"}, "is the leading path of no checkpoint key (did you mean 'encoder'"),
+        ({"rename": {r"^encdoer\.": ""}}, "matches no checkpoint key in whole segments (did you mean 'encoder'"),
     ],
 )  # fmt: skip
 def test_a_typo_is_answered_with_what_was_meant(fields, message):

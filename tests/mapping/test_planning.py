@@ -424,10 +424,10 @@ def test_into_and_patterns_are_spelled_with_or_without_wrappers(into, spelled):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"into": "encodr"}, "into='encodr' is no module of the model; did you mean 'encoder'"),
+        ({"into": "encodr"}, "into='encodr' is no module of the model (did you mean 'encoder'"),
         ({"into": "encoder.a"}, "into='encoder.a' is no module of the model"),  # a parameter
-        ({"include": "head.x"}, "include='head.x' matches no model entry; did you mean 'head"),
-        ({"exclude": "encodr"}, "exclude='encodr' matches no model entry; did you mean 'encoder'"),
+        ({"include": "head.x"}, "include='head.x' matches no model entry (did you mean 'head"),
+        ({"exclude": "encodr"}, "exclude='encodr' matches no model entry (did you mean 'encoder'"),
         ({"exclude": "*"}, "nothing of the model is in scope; widen into=, include= or exclude="),
         ({"into": "encoder", "include": "head"}, "nothing of the model is in scope"),
     ],

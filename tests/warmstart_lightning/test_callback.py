@@ -558,7 +558,7 @@ def test_a_learning_rate_finder_does_not_use_up_the_checks(tmp_path, source):
 def test_averaging_copies_what_was_loaded_or_is_refused(tmp_path, source):
     module = InitOnly().setup_seen()
     averaging = EMAWeightAveraging(update_starting_at_step=1000)
-    with pytest.raises(TimingError, match=r"callbacks=\[WarmStart\(\.\.\.\), averaging\]"):
+    with pytest.raises(TimingError, match=r"callbacks=\[WarmStart\(\.\.\.\), EMAWeightAveraging\(\.\.\.\)\]"):
         trainer(tmp_path, averaging, WarmStart(source, into="encoder")).fit(module, data())
     with pytest.raises(TimingError, match=r"make the layers in __init__ or configure_model"):
         trainer(tmp_path, WarmStart(source, into="encoder"), averaging).fit(Module(), data())

@@ -49,3 +49,19 @@ def test_conversions_adapters_and_constants_are_plain_data(tmp_path):
     assert part.conversions == (Conversion("e.{i}", "w", [Stack("i", 0)]),)
     assert part.adapters == {"pos": SliceOrPad(0.0)}
     assert (part.fill, part.match, part.stages) == ({"gain": 1.0}, "suffix", ({"a": "b"},))
+
+
+def test_what_the_callback_itself_takes(tmp_path):
+    options = {"freeze": True, "unfreeze": {2: "enc.1", 4: ["enc"]}, "unfreeze_unit": "step", "held": "train"}
+    options |= {
+        "stages": ["fit", "validate"],
+        "on_freeze_change": "allow",
+        "verify": "sample",
+        "log": False,
+        "name": "a",
+    }
+    callback = parsed(tmp_path, {"pretrained": "a.pt", "into": "enc", **options})
+    life = callback._life
+    assert (life.schedule.stages, life.unfreeze_unit) == ({2: ["enc.1"], 4: ["enc"]}, "step")
+    assert (life.held, life.on_freeze_change, life.verify) == ("train", "allow", "sample")
+    assert callback.state_key == "WarmStart{'into': 'a'}"

@@ -30,9 +30,9 @@ class Module(LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
-def fit(tmp_path, loggers, **kwargs) -> WarmStart:
+def fit(tmp_path, loggers, *, freeze=True, **kwargs) -> WarmStart:
     source = {"weight": torch.eye(3), "bias": torch.ones(3)}
-    callback = WarmStart(source, into="encoder", freeze=True, **kwargs)
+    callback = WarmStart(source, into="encoder", freeze=freeze, **kwargs)
     trainer = Trainer(
         default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, logger=loggers, callbacks=[callback],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
@@ -103,6 +103,32 @@ def test_mlflow_with_a_real_store(tmp_path, monkeypatch):
     assert "encoder.weight" in report.read_text()
     (picture,) = tmp_path.glob("mlruns/**/coverage.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_how_far_the_loaded_layers_moved_is_a_scalar_of_each_epoch(tmp_path):
+    own, csv = OwnLogger(), CSVLogger(tmp_path, name="csv")
+    callback = fit(tmp_path, [own, csv], freeze=False)
+    moved = own.metrics["warmstart/drift/encoder"]
+    assert 0 < moved < 10
+    assert callback.drift == {"encoder": moved}
+    assert "warmstart/drift/encoder" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
+    still = fit(tmp_path, OwnLogger(), freeze=True)
+    assert still.drift == {}
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger("warm", save_dir=tmp_path, offline=True)
+    fit(tmp_path, logger, freeze=False)
+    config, summary = dict(logger.experiment.config), dict(logger.experiment.summary)
+    wandb.finish()
+    assert config["warmstart"]["coverage"] == 1
+    assert summary["warmstart/coverage"] == 1
+    assert summary["warmstart/drift/encoder"] > 0
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/warmstart/coverage*.png"))
 
 
 @pytest.mark.parametrize("name", ["WandbLogger", "CometLogger"])

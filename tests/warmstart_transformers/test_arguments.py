@@ -73,7 +73,7 @@ def test_structured_flags_are_json():
     assert part.freeze == ["a", "b"]
     assert not part.trust_pickle
     assert len(part.convert) == len(part.adapt) == 1
-    assert callback._life.unfreeze == {2: ["a", "b"]}
+    assert callback._life.schedule.stages == {2: ["a", "b"]}
 
 
 @pytest.mark.parametrize("kind", ["yaml", "json"])

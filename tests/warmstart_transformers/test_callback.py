@@ -7,6 +7,8 @@ import pickle
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny import Plain, bert, equal, numbers, weights
 from torch import nn
@@ -277,16 +279,18 @@ def test_it_can_be_copied_and_pickled(make_trainer, plain_source):
         assert equal(weights(model.encoder), torch.load(plain_source, weights_only=True))
 
 
-@pytest.mark.parametrize("asked", ["FSDP", "DEEPSPEED"])
-def test_sharded_training_is_refused_in_words(make_trainer, plain_source, monkeypatch, asked):
-    """Asked for by `accelerate launch`, whose Accelerator needs its processes: the event alone."""
+def test_deepspeed_is_refused_in_words(make_trainer, plain_source, monkeypatch):
+    """Asked for by `accelerate launch`, whose Accelerator needs its processes: what it would say of itself."""
     trainer = make_trainer(Plain())
-    monkeypatch.setenv(f"ACCELERATE_USE_{asked}", "true")
+    before = weights(trainer.model)
+    for state in (PartialState, AcceleratorState):
+        monkeypatch.setitem(state._shared_state, "distributed_type", DistributedType.DEEPSPEED)
     callback = WarmStartCallback(plain_source, into="encoder")
-    with pytest.raises(TimingError, match="shards the model after it is set up"):
+    with pytest.raises(TimingError, match="DeepSpeed puts copies of its own in the place"):
         callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    with pytest.raises(TimingError, match="shards the model after it is set up"):
+    with pytest.raises(TimingError, match="DeepSpeed puts copies of its own in the place"):
         callback.attach(trainer)
+    assert equal(weights(trainer.model), before)
 
 
 @pytest.mark.parametrize("wrong", [{"unfreeze_unit": "week"}, {"held": "train "}, {"unfreeze": {0: "encoder"}}])

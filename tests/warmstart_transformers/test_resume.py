@@ -32,15 +32,17 @@ def rename_keys(path: Path, tree: dict[str, torch.Tensor]) -> None:
     save_file({f"foo.{name}": value for name, value in tree.items()}, path, {"format": "pt"})
 
 
-@pytest.mark.parametrize("shape", ["plain", "sharded", "peft"])
+@pytest.mark.parametrize("shape", ["plain", "bin", "sharded", "peft", "adapters"])
 @pytest.mark.parametrize("gone", [False, True])
 def test_field_note_1_a_checkpoint_that_matches_nothing_is_an_error(make_trainer, bert_source, tmp_path, shape, gone):
     """transformers reports missing and unexpected keys in a log line, and trains on."""
 
     def make():
         model = bert()
-        if shape == "peft":
-            return get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
+        if shape in ("peft", "adapters"):
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"]))
+        if shape == "adapters":
+            model.add_adapter("other", LoraConfig(r=2, target_modules=["key"]))
         return model
 
     make_trainer(make(), WarmStartCallback(bert_source), **EPOCHS).train()
@@ -52,8 +54,11 @@ def test_field_note_1_a_checkpoint_that_matches_nothing_is_an_error(make_trainer
         index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
         index["weight_map"] = {f"foo.{name}": file for name, file in index["weight_map"].items()}
         (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    for path in checkpoint.glob("*model*.safetensors"):
+    for path in checkpoint.rglob("*model*.safetensors"):
         rename_keys(path, load_file(path))
+    if shape == "bin":
+        torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
+        (checkpoint / "model.safetensors").unlink()
     callback = WarmStartCallback(bert_source)
     trainer = make_trainer(make(), callback, num_train_epochs=3)
     if gone:

@@ -24,6 +24,11 @@ def events(folder: Path) -> tuple[dict[str, float], dict[str, str]]:
     return scalars, texts
 
 
+def images(folder: Path) -> set[str]:
+    files = folder.rglob("events.out.tfevents.*")
+    return {tag for file in files for tag in EventAccumulator(str(file.parent)).Reload().Tags()["images"]}
+
+
 @pytest.fixture
 def mlflow(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -49,6 +54,7 @@ def test_tensorboard(make_trainer, plain_source, tmp_path, attached):
     assert scalars[prefix + "frozen_tensors"] == 9
     assert "encoder.pt" in texts["warmstart/report/text_summary"]
     assert "encoder.pt" in texts["warmstart/lineage/text_summary"]
+    assert images(tmp_path / "run") == {"warmstart/coverage"}
     assert (tmp_path / "run" / "runs" / "warmstart").exists() != attached
 
 
@@ -68,6 +74,9 @@ def test_mlflow(make_trainer, plain_source, mlflow, attached):
     assert len(found.params["warmstart.header_sha256"]) == 64
     text = mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/warmstart/report.md")
     assert text == callback.report.to_markdown()
+    assert "coverage.png" in {
+        Path(a.path).name for a in mlflow.artifacts.list_artifacts(f"runs:/{run.info.run_id}/warmstart")
+    }
     assert mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/warmstart/lineage.json") == callback.report.lineage
 
 
@@ -106,7 +115,7 @@ def test_any_other_tracker_gets_the_scalars_when_attached(make_trainer, plain_so
 
 def test_nothing_goes_where_nothing_reports(make_trainer, plain_source, tmp_path):
     make_trainer(Plain(), WarmStartCallback(plain_source, into="encoder"), report_to=[]).train()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"warmstart.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"warmstart.json", "warmstart.html"}
 
 
 def test_without_log_nothing_is_said_or_written(make_trainer, plain_source, tmp_path, capsys):
@@ -142,6 +151,9 @@ def test_the_report_and_the_lineage_are_json_in_the_run_s_folder(make_trainer, p
     report = json.loads((tmp_path / "run" / "warmstart.json").read_text())
     assert report["status"] == "applied"
     assert report["lineage"] == callback.report.lineage
+    page = (tmp_path / "run" / "warmstart.html").read_text()
+    assert "encoder.3.weight" in page
+    assert callback.report.lineage["sources"][0]["header_sha256"] in page
     for step in (2, 4):
         state = json.loads((tmp_path / "run" / f"checkpoint-{step}" / "warmstart.json").read_text())
         assert state.keys() == {"WarmStartCallback[encoder]"}
@@ -156,7 +168,26 @@ def test_two_callbacks_share_a_manifest_and_have_a_report_each(make_trainer, pla
     make_trainer(Plain(), *callbacks, save_strategy="epoch").train()
     state = json.loads((tmp_path / "run" / "checkpoint-4" / "warmstart.json").read_text())
     assert state.keys() == {"WarmStartCallback[encoder]", "WarmStartCallback[mine]"}
-    assert {p.name for p in (tmp_path / "run").glob("*.json")} == {"warmstart-encoder.json", "warmstart-mine.json"}
+    found = {path.name for path in (tmp_path / "run").glob("warmstart*")}
+    assert found == {f"warmstart-{name}.{kind}" for name in ("encoder", "mine") for kind in ("json", "html")}
+
+
+def test_without_jinja2_and_matplotlib_there_is_no_page_and_no_picture(
+    make_trainer, plain_source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    make_trainer(Plain(), WarmStartCallback(plain_source, into="encoder"), report_to=["tensorboard"]).train()
+    assert {path.name for path in (tmp_path / "run").glob("warmstart*")} == {"warmstart.json"}
+    assert "warmstart/coverage" not in images(tmp_path / "run")
+
+
+def test_a_folder_that_takes_no_file_costs_a_warning(make_trainer, plain_source, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "warmstart.json").mkdir()
+    trainer = make_trainer(Plain(), WarmStartCallback(plain_source, into="encoder"))
+    with pytest.warns(UserWarning, match="the report could not be written to"):
+        trainer.train()
+    assert trainer.state.global_step == 4
 
 
 def test_the_model_card_lists_the_ancestor(make_trainer, bert_source, tmp_path):

@@ -108,6 +108,16 @@ class Checkpoint(ABC):
     def _read(self, key: str, index: Index | None) -> Tensor:
         """One tensor, or a slice of it, on the CPU. May share memory with the source: callers do not write to it."""
 
+    @property
+    def at_hand(self) -> Checkpoint | None:
+        """Where this process reads from; None where another process reads for it."""
+        return self
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it can be read again later: what was in memory may have trained by then, or be gone."""
+        return bool(self.files)
+
     def keys(self) -> tuple[str, ...]:
         return tuple(self._infos)
 
@@ -172,6 +182,18 @@ class Checkpoint(ABC):
             if now.mtime_ns != stamp.mtime_ns:
                 return f"{stamp.path} was written to after it was opened"
         return None
+
+    def check_sha256(self, wanted: str | None) -> None:
+        """Refuse a file that is not the one meant; None means any.
+
+        Raises:
+            CheckpointError: Its SHA-256 is another, or the source is not one file.
+        """
+        if wanted is not None and (found := self.sha256()) != wanted.lower():
+            raise CheckpointError(
+                f"{self.location}: its SHA-256 is {found}, not the {wanted.lower()} asked for; get the right file, or write "
+                f'sha256="{found}" if this is the one you mean'
+            )
 
     def sha256(self) -> str:
         """The digest of the source's one file, in one sequential pass.

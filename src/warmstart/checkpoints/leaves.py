@@ -16,6 +16,7 @@ from torch import Tensor
 
 from warmstart.checkpoints.base import Checkpoint, FileStamp, Index, TensorInfo
 from warmstart.errors import CheckpointError
+from warmstart.showing import printable
 
 MAX_DIMS = 64
 OVERLAP_LIMIT = 64 << 20
@@ -24,8 +25,7 @@ OVERLAP_LIMIT = 64 << 20
 def shown(name: object, limit: int = 100) -> str:
     """A name as a message may show it: quoted, escaped, and cut where it is long."""
     text = name if isinstance(name, str) else str(name) if type(name) in {int, float} else type(name).__name__
-    cut = text if len(text) <= limit else text[: limit - 3] + "..."
-    return "'" + cut.encode("unicode_escape", "replace").decode("ascii") + "'"
+    return f"'{printable(text, limit)}'"
 
 
 def counted(count: int, noun: str) -> str:

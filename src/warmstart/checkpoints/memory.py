@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from warmstart.checkpoints.leaves import Leaf, LeafCheckpoint, TensorLeaf, liste
 from warmstart.checkpoints.pickled.refs import ML_DTYPES, numpy_code, torch_dtype, why_not
 from warmstart.checkpoints.trees import take_tree
 from warmstart.errors import CheckpointError
+from warmstart.shards import is_sharded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,9 +118,11 @@ def check_tensor(tensor: Tensor, where: str) -> None:
     Raises:
         CheckpointError: It is on meta, distributed, sparse, quantized or nested.
     """
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(tensor, distributed.DTensor):
-        raise CheckpointError(f"{where} is a DTensor, of which this rank holds a shard; pass tensor.full_tensor()")
+    if is_sharded(tensor):
+        raise CheckpointError(
+            f"{where} is sharded over ranks, and this one holds a part of it; pass all of it: tensor.full_tensor(), or a copy "
+            "made inside deepspeed.zero.GatheredParameters([tensor])"
+        )
     if tensor.is_meta:
         raise CheckpointError(f"{where} is on the meta device and has no data; pass the model after it got its weights")
     if tensor.layout != torch.strided or tensor.is_nested:

@@ -28,10 +28,10 @@ from warmstart.checkpoints.leaves import (
 from warmstart.checkpoints.pickled import pickles
 from warmstart.checkpoints.pickled.building import build_checkpoint, held_place, is_swapped
 from warmstart.checkpoints.pickled.refs import ArrayRef, OrderedDictRef, StorageRef, torch_dtype, why_not
+from warmstart.checkpoints.signatures import NPY
 from warmstart.checkpoints.torch_files.torch_legacy import storage_from_bytes
 from warmstart.errors import CheckpointError
 
-MAGIC: Final = b"\x93NUMPY"
 MAX_HEADER: Final = 10_000
 MAX_PICKLE: Final = 64 << 20
 _DESCR = re.compile(r"([<>|=]?)([?biufcmMSUVOa]\d*(?:\[\w+\])?)", re.ASCII)
@@ -171,7 +171,7 @@ def read_header(head: bytes | bytearray, where: str) -> Header:
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"{where}: damaged npy header: {what}; get the file again from where it came")
 
-    if len(head) < 10 or not head.startswith(MAGIC):
+    if len(head) < 10 or not head.startswith(NPY):
         raise refuse("it does not start with the magic bytes of numpy and a version")
     if head[6] not in {1, 2, 3} or head[7] != 0:
         raise refuse(f"version {head[6]}.{head[7]} is none that numpy writes")

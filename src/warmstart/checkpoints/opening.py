@@ -6,40 +6,22 @@ import difflib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from warmstart.checkpoints.archive import Member, read_directory
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.folders.folder import open_folder
-from warmstart.checkpoints.folders.hub import open_hub
 from warmstart.checkpoints.folders.sharded import INDEX_SUFFIX, MAX_INDEX, open_sharded
-from warmstart.checkpoints.hdf5.keras_file import KERAS_MEMBER, open_h5, open_keras
-from warmstart.checkpoints.hdf5.keras_file import MAGIC as H5_MAGIC
-from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile, shown
-from warmstart.checkpoints.memory import open_memory
+from warmstart.checkpoints.leaves import MappedFile, shown
 from warmstart.checkpoints.moments import leave_moments
-from warmstart.checkpoints.numpy_file import MAGIC as NPY_MAGIC
-from warmstart.checkpoints.numpy_file import open_npy, open_npz, read_header
-from warmstart.checkpoints.pickled.trusting import load_trusted
 from warmstart.checkpoints.places import has_scheme, hub_place, record_snapshot
 from warmstart.checkpoints.refusals import refuse_engine_file, refuse_placeholders
-from warmstart.checkpoints.remote.urls import local_path, open_remote
-from warmstart.checkpoints.safetensors_file import open_safetensors
+from warmstart.checkpoints.signatures import DCP_METADATA, H5, KERAS_MEMBER, NPY, TORCH_LEGACY, ZIP
 from warmstart.checkpoints.tensorflow import refuse_tensorflow
-from warmstart.checkpoints.torch_files.dcp import METADATA, open_dcp
-from warmstart.checkpoints.torch_files.torch_file import find_pickle, open_torch_zip
-from warmstart.checkpoints.torch_files.torch_legacy import MAGIC as LEGACY_MAGIC
-from warmstart.checkpoints.torch_files.torch_legacy import (
-    TAR_MEMBERS,
-    open_plain_pickle,
-    open_torch_legacy,
-    open_torch_tar,
-    tar_members,
-)
-from warmstart.checkpoints.torch_files.torchscript import is_torchscript, open_torchscript
 from warmstart.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from warmstart.checkpoints.archive import Member
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module | Checkpoint
 
@@ -90,6 +72,8 @@ def open_checkpoint(
             )
         return source
     if isinstance(source, (Mapping, nn.Module)):
+        from warmstart.checkpoints.memory import open_memory
+
         _refuse_hub_only(source, revision, subfolder)
         return _checked(open_memory(source, checkpoint_key=checkpoint_key), checkpoint_key)
     if not isinstance(source, (str, os.PathLike)):
@@ -123,6 +107,8 @@ def _open_place(
         raise CheckpointError("the source is empty; give the path of the weights (is a variable of the shell not set?)")
     place = hub_place(source)
     if place is None and isinstance(source, str) and has_scheme(source):
+        from warmstart.checkpoints.remote.urls import local_path, open_remote
+
         local = local_path(source)
         if local is None:
             return open_remote(
@@ -137,6 +123,8 @@ def _open_place(
     path = Path(source).expanduser()
     try:
         if place is not None:
+            from warmstart.checkpoints.folders.hub import open_hub
+
             return open_hub(place.within(revision, subfolder), open_file=open_file)
         _refuse_hub_only(path, revision)
         if path.is_dir():
@@ -155,8 +143,12 @@ def _open_place(
 def _open_folder(
     path: Path, key: str | None, open_file: Callable[[Path], Checkpoint], look_at: Callable[[Path], Checkpoint]
 ) -> Checkpoint:
-    if (path / METADATA).is_file():
+    if (path / DCP_METADATA).is_file():
+        from warmstart.checkpoints.torch_files.dcp import open_dcp
+
         return open_dcp(path, checkpoint_key=key)
+    from warmstart.checkpoints.folders.folder import open_folder
+
     refuse_tensorflow(path)
     return open_folder(path, checkpoint_key=key, open_file=open_file, look_at=look_at)
 
@@ -198,35 +190,45 @@ def _map(path: Path) -> MappedFile:
 
 
 def _open_file(file: MappedFile, key: str | None, trust: bool, shard: bool = False) -> Checkpoint:
+    # The reader of a format is imported where a file is of that format: most programs read one.
     head = file.map[:64]
     refuse_engine_file(file.path)
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return _open_zip(file, key, trust)
-    if head.startswith(H5_MAGIC):
-        return open_h5(file, checkpoint_key=key)
-    if head.startswith(NPY_MAGIC):
-        if trust and read_header(file.map[:10_012], str(file.path)).code.startswith("O"):
-            return load_trusted(file, "numpy npy", key)
-        return open_npy(file, checkpoint_key=key)
-    opener: Callable[..., LeafCheckpoint] | None = None
-    if head.startswith(LEGACY_MAGIC):
-        opener, name = open_torch_legacy, "torch legacy"
-    elif len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:
-        opener, name = open_plain_pickle, "pickle"
-    if opener is not None:
-        return load_trusted(file, name, key) if trust else opener(file, checkpoint_key=key)
+    # Before all others: the first bytes are a length, and may be the magic of another format (0x0480 is a pickle's).
     if head[8:9] == b"{" and _could_be_safetensors(file, head):
+        from warmstart.checkpoints.safetensors_file import open_safetensors
+
         return open_safetensors(file, checkpoint_key=key)
+    if head.startswith(ZIP):
+        return _open_zip(file, key, trust)
+    if head.startswith(H5):
+        from warmstart.checkpoints.hdf5.keras_file import open_h5
+
+        return open_h5(file, checkpoint_key=key)
+    if head.startswith(NPY):
+        from warmstart.checkpoints.numpy_file import open_npy, read_header
+
+        if trust and read_header(file.map[:10_012], str(file.path)).code.startswith("O"):
+            return _trusted(file, "numpy npy", key)
+        return open_npy(file, checkpoint_key=key)
+    if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:
+        from warmstart.checkpoints.torch_files.torch_legacy import open_plain_pickle, open_torch_legacy
+
+        legacy = head.startswith(TORCH_LEGACY)
+        if trust:
+            return _trusted(file, "torch legacy" if legacy else "pickle", key)
+        return (open_torch_legacy if legacy else open_plain_pickle)(file, checkpoint_key=key)
     if head.lstrip().startswith(b"{") and _is_index(file):
         if shard:
             raise CheckpointError(f"{file.path}: an index where a shard should be; name files of weights in the index")
         return open_sharded(
             file.path, checkpoint_key=key, open_file=lambda path: _open_file(_map(path), None, trust, shard=True)
         )
+    from warmstart.checkpoints.torch_files.torch_legacy import TAR_MEMBERS, open_torch_tar, tar_members
+
     members = tar_members(file)
     if members is not None:
         if members.keys() >= TAR_MEMBERS:
-            return load_trusted(file, "torch tar", key) if trust else open_torch_tar(file, members, checkpoint_key=key)
+            return _trusted(file, "torch tar", key) if trust else open_torch_tar(file, members, checkpoint_key=key)
         raise CheckpointError(
             f"{file.path}: a tar archive; unpack it first: tar xf FILE, and give the weights inside it"
         )
@@ -239,22 +241,37 @@ def _is_index(file: MappedFile) -> bool:
 
 
 def _open_zip(file: MappedFile, key: str | None, trust: bool) -> Checkpoint:
+    from warmstart.checkpoints.archive import read_directory
+    from warmstart.checkpoints.torch_files.torch_file import find_pickle, open_torch_zip
+
     members = read_directory(file)
     folder = find_pickle(members)
-    if folder is not None and is_torchscript(members, folder):
-        return open_torchscript(file, members, folder, checkpoint_key=key)
     if folder is not None:
-        return (
-            load_trusted(file, "torch zip", key) if trust else open_torch_zip(file, members, folder, checkpoint_key=key)
-        )
+        from warmstart.checkpoints.torch_files.torchscript import is_torchscript, open_torchscript
+
+        if is_torchscript(members, folder):
+            return open_torchscript(file, members, folder, checkpoint_key=key)
+        if trust:
+            return _trusted(file, "torch zip", key)
+        return open_torch_zip(file, members, folder, checkpoint_key=key)
     if members and all(_is_array(file, member) for member in members.values()):
+        from warmstart.checkpoints.numpy_file import open_npz
+
         return open_npz(file, members, checkpoint_key=key)
     if KERAS_MEMBER in members:
+        from warmstart.checkpoints.hdf5.keras_file import open_keras
+
         return open_keras(file, members[KERAS_MEMBER], checkpoint_key=key)
     names = ", ".join(shown(name, 40) for name in list(members)[:4]) or "nothing"
     raise CheckpointError(
         f"{file.path}: a zip archive of neither torch nor numpy: it holds {names}; unpack it and give the weights inside it"
     )
+
+
+def _trusted(file: MappedFile, name: str, key: str | None) -> Checkpoint:
+    from warmstart.checkpoints.pickled.trusting import load_trusted
+
+    return load_trusted(file, name, key)
 
 
 def _is_array(file: MappedFile, member: Member) -> bool:

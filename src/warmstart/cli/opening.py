@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from warmstart import api
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import CheckpointError
 from warmstart.mapping.pretrained import Pretrained
+from warmstart.mapping.sources import open_source
 
 # A source of several trees is refused with the choices, each on a line of its own.
 _CHOICE = re.compile(r'^  checkpoint_key="(.*)"', re.MULTILINE)
@@ -19,12 +19,8 @@ def opened(pretrained: Pretrained, checkpoint_key: str | None = None) -> Checkpo
     Raises:
         CheckpointError: It cannot be read, or has another SHA-256 than was asked for.
     """
-    checkpoint = api.opened(pretrained, checkpoint_key)
-    wanted = pretrained.sha256
-    if wanted is not None and (found := checkpoint.sha256()) != wanted.lower():
-        raise CheckpointError(
-            f"{checkpoint.location}: its SHA-256 is {found}, not the {wanted.lower()} asked for; get the right file"
-        )
+    checkpoint = open_source(pretrained, checkpoint_key)
+    checkpoint.check_sha256(pretrained.sha256)
     return checkpoint
 
 

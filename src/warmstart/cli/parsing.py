@@ -15,6 +15,7 @@ from typing import Any, Final
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from warmstart.cli.answers import Answer, UsageError
+from warmstart.cli.configs import SEVERAL, config, part
 from warmstart.errors import MappingError
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.version import __version__
@@ -87,8 +88,9 @@ def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], Answer], Namespace
         module.add_arguments(sub)
         sub.add_argument("--json", action="store_true", help="Print JSON with stable keys instead of text.")
         commands.add_subcommand(name, sub, help=shows)
+    options = set(_labels(subparsers[named])) if named else set()
     try:
-        chosen = parser.parse_args(_files_first(args))
+        chosen = parser.parse_args(_files_first(args, options))
     except (ArgumentError, UnicodeDecodeError) as error:
         labels = {} if named is None else _labels(subparsers[named])
         raise UsageError(_in_words(str(error), named, labels)) from None
@@ -101,7 +103,7 @@ def add_rules(parser: ArgumentParser, names: Collection[str]) -> None:
     parser.add_argument(
         "--config",
         action="config",
-        help="A YAML file of the options below; what is typed on the command line stands over it.",
+        help="A YAML file of the options below, or of a callback's keywords; what is typed stands over it.",
     )
     # Rules that are objects in Python are plain data here, as in YAML: `Pretrained` says best what is wrong with them.
     objects = {"convert": list[dict[str, Any]], "adapt": dict[str, Any]}
@@ -126,6 +128,24 @@ def pretrained(options: Namespace, names: Collection[str]) -> Pretrained:
         raise UsageError(str(error)) from None
 
 
+def sources(options: Namespace, names: Collection[str]) -> list[Pretrained]:
+    """The source and its rules, or the several that the file of `--config` lists.
+
+    Raises:
+        UsageError: Both are given, or a value cannot be meant.
+    """
+    if options.pretrained is None:
+        return [pretrained(options, names)]
+    if options.source != SEVERAL:
+        raise UsageError(f"{options.source!r} beside a list of sources; give the one or the other")
+    if names_functions(options.pretrained):
+        find_modules_here()
+    parts = [part(value, f"pretrained[{number}]") for number, value in enumerate(options.pretrained)]
+    if beside := list(pretrained(options, names).rules()):
+        raise UsageError(f"--{beside[0]} beside a list of sources; give it to each of them")
+    return parts
+
+
 def names_functions(conversions: object) -> bool:
     """Whether conversions as plain data may have an `Apply`, however it is spelled, whose function would be imported."""
     return "apply" in str(conversions).lower()
@@ -137,7 +157,7 @@ def find_modules_here() -> None:
         sys.path.append(os.getcwd())
 
 
-def _files_first(args: Sequence[str]) -> list[str]:
+def _files_first(args: Sequence[str], options: Collection[str]) -> list[str]:
     """`--config FILE` before everything else, so that what is typed stands over what is in the file."""
     first: list[str] = []
     rest: list[str] = []
@@ -145,9 +165,9 @@ def _files_first(args: Sequence[str]) -> list[str]:
     while words:
         word = words.pop(0)
         if word == "--config" and words:
-            first += [word, words.pop(0)]
+            first += [word, config(words.pop(0), options)]
         elif word.startswith("--config="):
-            first.append(word)
+            first += ["--config", config(word.removeprefix("--config="), options)]
         else:
             rest.append(word)
     return [*args[:1], *first, *rest]

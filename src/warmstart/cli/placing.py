@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from warmstart.errors import CheckpointError
+
+_HERE: Final = -100  # AT_FDCWD: a relative path is one of the current folder
+_EXCHANGE: Final = 2  # RENAME_EXCHANGE, and RENAME_SWAP
 
 
 @contextmanager
@@ -57,9 +62,9 @@ def whole_folder(out: Path, *, force: bool) -> Iterator[Path]:
             _to_disk(path)
         _to_disk(made)
         if out.exists() and any(out.iterdir()):
-            # Two steps, for want of one that replaces a folder: killed between them, the old one is in the scratch folder.
-            os.rename(out, scratch / "replaced")
-        os.rename(made, out)
+            _exchange(made, out)
+        else:
+            os.rename(made, out)
         _to_disk(out.parent)
 
 
@@ -85,6 +90,20 @@ def _without_replacing(made: Path, out: Path) -> None:
     except OSError:  # a disk without hard links
         if os.path.lexists(out):
             raise _taken(out) from None
+        os.rename(made, out)
+
+
+def _exchange(made: Path, out: Path) -> None:
+    """Both folders change places, in one step where the system has one: whoever looks finds the old or the new one, whole."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):  # Linux
+        done = libc.renameat2(_HERE, os.fsencode(made), _HERE, os.fsencode(out), _EXCHANGE)
+    elif hasattr(libc, "renamex_np"):  # macOS
+        done = libc.renamex_np(os.fsencode(made), os.fsencode(out), _EXCHANGE)
+    else:
+        done = -1
+    if done:  # Killed between these two, the old one is whole in the scratch folder, `replaced`.
+        os.rename(out, made.parent / "replaced")
         os.rename(made, out)
 
 

@@ -6,13 +6,14 @@ No tensor is read and nothing is written, except the lock file that --lock asks 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from warmstart.api import plan
 from warmstart.cli.answers import Answer, Exit
 from warmstart.cli.models import HELP, model_of
-from warmstart.cli.parsing import FIELDS, add_rules, pretrained
+from warmstart.cli.parsing import FIELDS, add_rules, sources
 from warmstart.cli.placing import whole_file
 from warmstart.mapping.lock import compare
 from warmstart.mapping.plan import Plan
@@ -22,6 +23,11 @@ _AS_OPTIONS = """as options: name=["a", "b"] is --name '[a, b]', or name: [a, b]
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", help="The checkpoint: a file, a folder, a model of the hub, or a URL.")
+    parser.add_argument(
+        "--pretrained",
+        type=list[Any] | None,
+        help="Only in the file of --config: several sources, each with its rules, [{source: a.pt, into: encoder}, ...].",
+    )
     parser.add_argument("--model", required=True, help=HELP)
     parser.add_argument("--model_checkpoint_key", help="Which tree, where --model is a checkpoint of several.")
     parser.add_argument("--lock", help="Write the plan's decisions here, for load(..., lock=FILE) and the callbacks.")
@@ -31,8 +37,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Answer:
     """Keys of the JSON: `fits`, `digest`, `lock` and those of `Plan.to_dict`."""
-    rules = pretrained(options, FIELDS)
-    made = plan(model_of(options.model, options.model_checkpoint_key), rules)
+    parts = sources(options, FIELDS)
+    made = plan(model_of(options.model, options.model_checkpoint_key), parts)
     code = Exit.DIFFERS if made.errors else Exit.OK
     text, lock = str(made), None
     if made.errors:

@@ -1,52 +1,146 @@
-"""Agreement between ranks: what one of them finds is raised on all, so that none waits for it in a collective."""
+"""Agreement between ranks: they do the same with the same, and what one of them finds is raised on all."""
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
+from warmstart.errors import CheckpointError, MappingError, WarmStartError
+from warmstart.loading.fingerprint import SECTIONS, details, fingerprint
+from warmstart.loading.meeting import Ranks, is_shared
+from warmstart.mapping.grouping import listed
+from warmstart.mapping.plan import Plan
 
-from warmstart.errors import WarmStartError
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @contextlib.contextmanager
-def raised_on_all() -> Iterator[None]:
+def raised_on_all(step: str = "warm start", group: ProcessGroup | None = None, hint: str = "") -> Iterator[None]:
     """Raise on every rank what was raised on one, with the rank in the message; a plain block without process group.
 
-    Every rank must enter and leave the block: its end is one small collective.
+    Every rank must enter and leave the block: its end is a meeting. A meeting inside it, or another such block, may be
+    where the others learn of an error: then nothing is exchanged twice.
 
     Raises:
         WarmStartError: Of the type that was raised on the first rank that failed; other kinds of error come as
-            `WarmStartError` on the ranks that did not raise them.
+            `WarmStartError`, unless all ranks raised the same.
+        TimingError: A rank did not come.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    with failing_on_all(step, group, hint):
+        yield
+        ranks = Ranks.of(group)
+        if ranks is not None:
+            ranks.meet(step)
+
+
+@contextlib.contextmanager
+def failing_on_all(step: str, group: ProcessGroup | None = None, hint: str = "") -> Iterator[None]:
+    """As `raised_on_all`, but without a meeting at the end: the block has one in it that an error here takes the place of."""
+    ranks = Ranks.of(group)
+    if ranks is None:
         yield
         return
-    own: Exception | None = None
+    ranks.announce()
     try:
         yield
     except Exception as error:
-        own = error
-    found: list[tuple[type[WarmStartError], str, dict[str, Any]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, _portable(own) if own is not None else None)
-    failed = [(rank, what) for rank, what in enumerate(found) if what is not None]
-    if not failed:
+        if is_shared(error):
+            raise
+        ranks.meet(step, own=error, hint=hint)
+        raise  # not reached: a meeting with an error raises
+
+
+def agree(plan: Plan, group: ProcessGroup | None, **call: str) -> None:
+    """Make sure that all ranks have the same plan, model and checkpoint before anything is written.
+
+    They exchange one digest; only where it differs, two of them also say what they have.
+
+    Args:
+        plan: This rank's plan.
+        group: The ranks that must agree.
+        **call: What else must be the same on all of them.
+
+    Raises:
+        MappingError: Models, plans or arguments differ; the message says where, and on which ranks.
+        CheckpointError: The checkpoints differ, in their headers or in their sampled bytes.
+    """
+    ranks = Ranks.of(group)
+    if ranks is None:
         return
-    if own is not None and not isinstance(own, WarmStartError):
-        raise own
-    kind, message, facts = failed[0][1]
-    if len(failed) < len(found):
-        ranks = ", ".join(str(rank) for rank, _ in failed)
-        message = f"on rank {ranks} of {len(found)}: {message}"
-    raised = kind(message)
-    vars(raised).update(facts)
-    raise raised from own
+    found = ranks.meet("load", fingerprint(plan, call), _compared)
+    if found is None:
+        return
+    section, usual, odd = found["section"], found["usual"], found["odd"]
+    ranks.announce()
+    asked = ranks.index in (usual[0], odd[0])
+    said = details(plan, call, section) if asked else None
+
+    def refuse(words: list[Any]) -> None:
+        raise _disagreement(section, words[usual[0]], words[odd[0]], ranks.named(usual), ranks.named(odd))
+
+    ranks.meet("load", said, refuse)
 
 
-def _portable(error: Exception) -> tuple[type[WarmStartError], str, dict[str, Any]]:
-    """What another process can be told of an error: no plan and no model."""
-    if not isinstance(error, WarmStartError):
-        return WarmStartError, f"{type(error).__name__}: {error}", {}
-    return type(error), str(error), {k: v for k, v in vars(error).items() if k in ("tensors", "written")}
+def raised_unless_alike(error: CheckpointError | None, step: str, group: ProcessGroup | None = None) -> None:
+    """Raise on all ranks an error that some ranks have and others have not; what all have is left to the caller.
+
+    Raises:
+        CheckpointError: Some have it.
+    """
+    ranks = Ranks.of(group)
+    if ranks is None:
+        return
+
+    def refuse(words: list[str | None]) -> None:
+        found = {i: word for i, word in enumerate(words) if word is not None}
+        if found and len(found) < len(words):
+            raise CheckpointError(f"on {ranks.named(list(found))} of {len(words)}: {next(iter(found.values()))}")
+
+    ranks.meet(step, None if error is None else str(error), refuse)
+
+
+def _compared(words: list[dict[str, str]]) -> dict[str, Any] | None:
+    """The first section that differs, the ranks that have what most have (or the first has), and those that do not."""
+    for section in SECTIONS:
+        values = {place: word[section] for place, word in enumerate(words) if section in word}
+        (usual, _), *others = Counter(values.values()).most_common()
+        if others:
+            return {
+                "section": section,
+                "usual": [i for i, value in values.items() if value == usual],
+                "odd": [i for i, value in values.items() if value != usual],
+            }
+    return None
+
+
+def _disagreement(section: str, ours: dict[str, str], theirs: dict[str, str], these: str, those: str) -> WarmStartError:
+    head, fix, kind = _WORDS[section]
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    values = [(name, "" if section == "bytes" else f"{ours.get(name)} | {theirs.get(name)}") for name in names]
+    rows = listed(values) if values else "    the order of the entries"
+    return kind(f"nothing was written: {head.format(these=these, those=those)}\n{rows}\n  -> {fix}")
+
+
+_SAME_FILE = "give every rank the same file: copy it anew to the node of those that differ"
+_WORDS: dict[str, tuple[str, str, type[WarmStartError]]] = {
+    "call": (
+        "{these} and {those} called with other arguments",
+        "call with the same arguments on every rank",
+        MappingError,
+    ),
+    "header": ("{these} and {those} opened other checkpoints", _SAME_FILE, CheckpointError),
+    "model": (
+        "{these} and {those} have other models",
+        "build the same model on every rank, or give each pipeline stage its own process group: load(..., group=stage)",
+        MappingError,
+    ),
+    "plan": ("{these} and {those} planned otherwise", "give every rank the same rules", MappingError),
+    "bytes": (
+        "{these} and {those} read other values under the same names, so a copy is stale",
+        _SAME_FILE,
+        CheckpointError,
+    ),
+}

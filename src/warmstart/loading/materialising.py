@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.names import join, strip
 from warmstart.mapping.plan import Plan
+from warmstart.mapping.trials import stand_in
+from warmstart.shards import full_shape, is_sharded, mesh_device, same_draws, shard_of
 from warmstart.tensors import same_bits
 
 
@@ -49,7 +51,7 @@ def materialise(plan: Plan) -> list[str]:
             tensor = plan.targets.entries[assignment.target].tensor
             if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
                 tensor.materialize(assignment.shape, dtype=assignment.dtype)
-            elif tuple(tensor.shape) != assignment.shape:  # an observer's, which takes the shape of what it is given
+            elif full_shape(tensor) != assignment.shape:  # an observer's, which takes the shape of what it is given
                 tensor.resize_(assignment.shape)
         owners = list(_owners(plan))
         own = [(owner, _held(owner.module)) for owner in owners]
@@ -66,9 +68,10 @@ def materialise(plan: Plan) -> list[str]:
         for owner, _ in own:
             # An owner may initialise what is below it as well: what had a value keeps it.
             below = [t for m in owner.module.modules() for t in _held(m).values() if id(t) in was_real]
-            kept = [(tensor, tensor.clone()) for tensor in below]
+            kept = [(tensor, tensor.clone()) for tensor in below if not is_sharded(tensor)]
             assert owner.initialise is not None
-            owner.initialise(owner.module)
+            with _whole(owner):
+                owner.initialise(owner.module)
             for tensor, value in kept:
                 tensor.copy_(value)
             was_real.update(id(_held(owner.module)[leaf]) for leaf in owner.leaves)
@@ -161,9 +164,41 @@ def _held(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@contextmanager
+def _whole(owner: _Owner) -> Iterator[None]:
+    """Whole tensors in the places of sharded ones while their owner initialises itself; a rank keeps its part of them.
+
+    So the values are those that one process would draw, whatever the engine makes of random numbers on shards.
+    """
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (members, leaf, tensor)
+        for module in owner.module.modules()
+        for members in (module._parameters, module._buffers)
+        for leaf, tensor in members.items()
+        if tensor is not None and is_sharded(tensor)
+    ]
+    whole: dict[int, Tensor] = {}
+    for members, leaf, tensor in places:
+        if id(tensor) not in whole:
+            value = torch.empty(full_shape(tensor), dtype=tensor.dtype, device="cpu")
+            parameter = isinstance(tensor, nn.Parameter)
+            whole[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if parameter else value
+        members[leaf] = whole[id(tensor)]
+    try:
+        with same_draws([tensor for _, _, tensor in places]):
+            yield
+    finally:
+        for members, leaf, tensor in places:
+            members[leaf] = tensor
+    for tensor in (_held(owner.module)[leaf] for leaf in owner.leaves):
+        if id(tensor) in whole:
+            shard = shard_of(tensor)
+            shard.local.copy_(whole[id(tensor)] if shard.region is None else shard.region.take(whole[id(tensor)]))
+
+
 def _real(tensor: Tensor) -> Tensor:
-    """A tensor like one on meta, with memory: on the default device, of the same dtype, strides, class and flags."""
-    device = torch.get_default_device()
+    """A tensor like one on meta, with memory: on its mesh's or the default device, with its dtype, strides, class and flags."""
+    device = mesh_device(tensor) or torch.get_default_device()
     real: Tensor = torch.empty_like(tensor, device="cpu" if device.type == "meta" else device)
     if isinstance(tensor, nn.Parameter):
         real = nn.Parameter(real, requires_grad=tensor.requires_grad)
@@ -203,7 +238,8 @@ def _initialiser(model: nn.Module, path: str, module: nn.Module) -> Callable[[nn
 
 def _untouched(owner: _Owner) -> list[str]:
     """The leaves that the owner's initialisation does not write to, tried on a copy."""
-    trial = copy.deepcopy(owner.module)
+    real = [t for m in owner.module.modules() for t in _held(m).values() if not t.is_meta and not is_sharded(t)]
+    trial = stand_in(owner.module, {id(tensor): tensor.detach() for tensor in real})
     held = _held(trial)
     for tensor in held.values():
         if tensor.is_meta:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 
 import torch
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from warmstart.errors import CheckpointError, MappingError, TimingError
+from warmstart.freezing import refuse_wrapped
+from warmstart.loading.masters import has_master
 from warmstart.loading.materialising import uninitialisable
-from warmstart.loading.values import Values, as_planned, duplicates, span, written
+from warmstart.loading.values import Values, as_planned, duplicates, loaded_here, span, written
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan
 from warmstart.mapping.targets import Live
+from warmstart.shards import Shard, full_shape, is_partition, is_sharded, local_of, shard_of
 from warmstart.tensors import dtype_name, non_finite, range_lost, same_bits
 
 
@@ -27,8 +29,10 @@ def preflight(plan: Plan, values: Values) -> None:
         TimingError: The model changed since it was planned, or is wrapped already and is to be frozen.
     """
     _unchanged(plan)
-    _right_file(plan)
-    problems = [*uninitialisable(plan), *_entangled(plan)]
+    for part in plan.parts:
+        if part.checkpoint.at_hand is not None:
+            part.checkpoint.at_hand.check_sha256(part.pretrained.sha256)
+    problems = [*uninitialisable(plan), *_entangled(plan), *_unlike_shards(plan)]
     problems += _value_dependent(plan, values) or [*_lost(plan, values), *_two_values(plan, values)]
     if problems:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
@@ -47,32 +51,24 @@ def _unchanged(plan: Plan) -> None:
         if (
             tensor is None
             or tensor is not target.tensor
-            or (not assignment.reshapes and tuple(tensor.shape) != assignment.shape)
+            or (not assignment.reshapes and full_shape(tensor) != assignment.shape)
         ):
             raise TimingError(
                 f"'{assignment.target}' is not the tensor that was planned for; call warmstart.plan(model, ...) again "
                 "after the model was changed"
+            )
+        if has_master(tensor):
+            raise TimingError(
+                f"'{assignment.target}' is in a DeepSpeed optimizer, whose own copy would overwrite what is loaded at its "
+                "first step; load before deepspeed.initialize(model=...)"
             )
         if not target.lazy and tensor.is_inference():
             raise TimingError(
                 f"'{assignment.target}' was made under torch.inference_mode() and cannot be written to; build the model "
                 "outside of it"
             )
-    if plan.freeze and "DistributedDataParallel" in plan.targets.wrapped:
-        raise TimingError(
-            "the model is wrapped in DistributedDataParallel, whose reducer would wait for the frozen parameters; load "
-            "and freeze first, then wrap: warmstart.load(model, ..., freeze=...); model = DistributedDataParallel(model)"
-        )
-
-
-def _right_file(plan: Plan) -> None:
-    for part in plan.parts:
-        wanted = part.pretrained.sha256
-        if wanted is not None and (found := part.checkpoint.sha256()) != wanted.lower():
-            raise CheckpointError(
-                f"{part.checkpoint.location}: its SHA-256 is {found}, not the {wanted.lower()} asked for; get the right "
-                f'file, or write sha256="{found}" if this is the one you mean'
-            )
+    if plan.freeze:
+        refuse_wrapped(plan.targets)
 
 
 def _entangled(plan: Plan) -> list[str]:
@@ -80,12 +76,12 @@ def _entangled(plan: Plan) -> list[str]:
     storages: dict[int, list[str]] = {}
     for assignment in written(plan):
         target = plan.targets.entries[assignment.target]
-        tensor = target.tensor
+        tensor = local_of(target.tensor)
         if not target.lazy and tensor.device.type != "meta" and tensor.layout == torch.strided and tensor.numel():
             storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(assignment.target)
     shared: list[tuple[str, str]] = []
     for names in storages.values():
-        tensors = {name: plan.targets.entries[name].tensor for name in names}
+        tensors = {name: local_of(plan.targets.entries[name].tensor) for name in names}
         spans = sorted(span(tensor) for tensor in tensors.values())
         if all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)):
             continue
@@ -105,6 +101,27 @@ def _entangled(plan: Plan) -> list[str]:
     return [f'{message}  -> give them memory of their own, or leave them out: exclude=["{printable(shared[0][0])}"]']
 
 
+def _unlike_shards(plan: Plan) -> list[str]:
+    """Sharded entries that would change their dtype or shape, or be held in part, which their engine does not allow."""
+    unlike = []
+    for assignment in written(plan):
+        target = plan.targets.entries[assignment.target]
+        if is_sharded(target.tensor) and (assignment.dtype != target.dtype or assignment.shape != target.shape):
+            has, gets = (
+                (dtype_name(d), s) for d, s in ((target.dtype, target.shape), (assignment.dtype, assignment.shape))
+            )
+            unlike.append((assignment.target, f"{has[0]} {has[1]} would become {gets[0]} {gets[1]}"))
+    for name in plan.held_rows:
+        if is_partition(plan.targets.entries[name].tensor):
+            unlike.append(
+                (name, "freeze_old=True cannot hold rows of a ZeRO-3 parameter, whose optimizer has a copy of it")
+            )
+    if not unlike:
+        return []
+    message = f"shards: {len(unlike)} sharded entries cannot be what is asked for\n{listed(unlike)}\n"
+    return [f"{message}  -> build the model that way before it is sharded, or load before that"]
+
+
 def _lost(plan: Plan, values: Values) -> list[str]:
     lost: list[tuple[str, str]] = []
     for assignment in written(plan):
@@ -112,7 +129,7 @@ def _lost(plan: Plan, values: Values) -> list[str]:
             lost += _overflown(plan, values, assignment)
         if assignment.cast is None or not range_lost(*assignment.cast):
             continue
-        source = values.source(assignment)
+        source = values.needed(assignment, _current(plan, assignment))
         cast = source.to(assignment.dtype)
         if cast.is_floating_point() or cast.is_complex():
             # Some types overflow to inf or NaN, others to their largest value.
@@ -142,19 +159,20 @@ def _overflown(plan: Plan, values: Values, assignment: Assignment) -> list[tuple
     if not source.is_floating_point() or not assignment.dtype.is_floating_point:
         return []
     finite = source.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
-    made = non_finite(as_planned(finite, assignment, _current(plan, assignment)))
-    mask = assignment.loaded
+    current = _current(plan, assignment)
+    made, mask = non_finite(as_planned(finite, assignment, current)), loaded_here(assignment, current)
     count = int((made if mask is None else made & mask).sum())
     name = type(assignment.adapter).__name__
     return [(assignment.target, f"{name} makes {count} values beyond {dtype_name(assignment.dtype)}")] if count else []
 
 
-def _current(plan: Plan, assignment: Assignment) -> Tensor:
+def _current(plan: Plan, assignment: Assignment) -> Shard:
     """What the entry holds; of one that has no memory yet, something of its shape."""
     tensor = plan.targets.entries[assignment.target].tensor
-    if is_lazy(tensor) or tensor.is_meta:
-        return torch.zeros(assignment.shape, dtype=assignment.dtype)
-    return tensor
+    if is_lazy(tensor):
+        return shard_of(torch.zeros(assignment.shape, dtype=assignment.dtype))
+    shard = shard_of(tensor)
+    return shard._replace(local=torch.zeros(shard.local.shape, dtype=assignment.dtype)) if tensor.is_meta else shard
 
 
 def _value_dependent(plan: Plan, values: Values) -> list[str]:

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.derivations import Derivation
 from warmstart.mapping.plan import Plan
+from warmstart.shards import Region, Shard, local_of
 from warmstart.tensors import digest, same_bits
 
 
@@ -29,22 +30,37 @@ class Values:
         A source in memory may share storage with the model it is loaded into, so that writing one entry would change the
         source of another.
         """
-        spans = Spans(self.plan.targets.entries[a.target].tensor for a in written(self.plan))
+        spans = Spans(local_of(self.plan.targets.entries[a.target].tensor) for a in written(self.plan))
         for assignment in written(self.plan):
             checkpoint = self.plan.parts[assignment.part].checkpoint
             if checkpoint.files:
                 continue
             for key in assignment.sources:
                 tensor = checkpoint.read(key)
-                itself = _same_memory(tensor, self.plan.targets.entries[assignment.target].tensor)
+                itself = _same_memory(tensor, local_of(self.plan.targets.entries[assignment.target].tensor))
                 if not (itself and assignment.conversion is None and assignment.adapter is None) and spans.meet(tensor):
                     self._copies[assignment.part, key] = tensor.clone()
 
-    def source(self, assignment: Assignment) -> Tensor:
-        """What the checkpoint, or the conversion, gives: on the CPU, in its own shape and dtype."""
+    def source(self, assignment: Assignment, region: Region | None = None) -> Tensor:
+        """What the checkpoint, or the conversion, gives: on the CPU, in its own shape and dtype.
+
+        Args:
+            assignment: What is asked for.
+            region: Of an entry without an adapter, the part that is wanted; no more of the checkpoint is read where it can
+                be given as it lies there.
+        """
+        if region is None:
+            return self._whole(assignment)
+        if assignment.fill is None and assignment.conversion is None:
+            part, key = assignment.part, assignment.sources[0]
+            return region.read(lambda index: self._read(part, key, index))
+        return region.take(self._whole(assignment))
+
+    def _whole(self, assignment: Assignment) -> Tensor:
         if assignment.fill is not None:
             with torch.device("cpu"):
-                return torch.full(assignment.shape, assignment.fill, dtype=torch.float64).to(assignment.dtype)
+                value = torch.tensor(assignment.fill, dtype=torch.float64).to(assignment.dtype)
+                return value.expand(assignment.shape)
         if assignment.conversion is None:
             return self._read(assignment.part, assignment.sources[0])
         if self._made[0] is not assignment.conversion:
@@ -54,13 +70,19 @@ class Values:
                 self._made = (made, made.run(lambda i: self._read(assignment.part, keys[i])))
         return self._made[1][assignment.output]
 
-    def planned(self, assignment: Assignment, current: Tensor) -> Tensor:
-        """The value of an entry that holds `current`, in the dtype the plan gives it, on the CPU."""
-        return as_planned(self.source(assignment), assignment, current)
+    def planned(self, assignment: Assignment, current: Shard) -> Tensor:
+        """What an entry that holds `current` should hold here, in the dtype the plan gives it, on the CPU."""
+        return as_planned(self.needed(assignment, current), assignment, current)
 
-    def _read(self, part: int, key: str) -> Tensor:
+    def needed(self, assignment: Assignment, current: Shard) -> Tensor:
+        """What of the source `as_planned` makes the value from: all of it for an adapter, else what is held here."""
+        return self.source(assignment, current.region if assignment.adapter is None else None)
+
+    def _read(self, part: int, key: str, index: tuple[slice, ...] | None = None) -> Tensor:
         copy = self._copies.get((part, key))
-        return copy if copy is not None else self.plan.parts[part].checkpoint.read(key)
+        if copy is not None:
+            return copy if index is None else copy[index]
+        return self.plan.parts[part].checkpoint.read(key, index)
 
 
 def written(plan: Plan) -> Iterator[Assignment]:
@@ -94,12 +116,27 @@ def duplicates(plan: Plan) -> Iterator[tuple[Assignment, Assignment]]:
                 yield other, assignment
 
 
-def as_planned(source: Tensor, assignment: Assignment, current: Tensor) -> Tensor:
-    """What an entry that holds `current` gets from a source tensor: adapted, and in the dtype the plan gives it."""
+def as_planned(source: Tensor, assignment: Assignment, current: Shard) -> Tensor:
+    """What an entry that holds `current` gets from `Values.needed`: adapted, and in the dtype the plan gives it."""
     if assignment.adapter is None:
         return source.to(assignment.dtype)
+    own = current.local.detach().to(assignment.dtype)
     with torch.device("cpu"), torch.no_grad():
-        return assignment.adapter.apply(source, current.detach().to(assignment.dtype))
+        if current.region is None:
+            return assignment.adapter.apply(source, own)
+        # What the entry keeps is put in again below: no rank needs what the others hold.
+        whole = assignment.adapter.apply(source, torch.zeros((), dtype=assignment.dtype).expand(current.shape))
+        value = current.region.take(whole)
+        loaded = loaded_here(assignment, current) if assignment.keeps else None
+        return value if loaded is None else torch.where(loaded, value, own.cpu())
+
+
+def loaded_here(assignment: Assignment, current: Shard) -> Tensor | None:
+    """`Assignment.loaded` of what is held here: booleans that broadcast to it."""
+    loaded = assignment.loaded
+    if loaded is None or current.region is None:
+        return loaded
+    return current.region.take(loaded.expand(current.shape))
 
 
 class Digests:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from warmstart.errors import CheckpointError, VerificationError
+from warmstart.loading.masters import is_stale
 from warmstart.loading.values import Digests, Values, as_planned, together, written
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.plan import Plan, Verify
 from warmstart.mapping.targets import Live
+from warmstart.shards import local_of, shard_of
 from warmstart.tensors import bits_lost, non_finite, same_bits, sample
 
 
@@ -38,11 +40,12 @@ def verify_written(plan: Plan, values: Values, verify: Verify) -> list[str]:
     odd: list[str] = []
     for assignment in written(plan):
         target = plan.targets.entries[assignment.target]
-        source = values.source(assignment)
-        expected = as_planned(source, assignment, target.tensor)
+        shard = shard_of(target.tensor)
+        source = values.needed(assignment, shard)
+        expected = as_planned(source, assignment, shard)
         canonical = target.canonical
         for name in plan.targets.groups.get(canonical, [assignment.target]):
-            if not _same(plan.targets.entries[name].tensor, expected, verify):
+            if not _same(local_of(plan.targets.entries[name].tensor), expected, verify):
                 wrong.append(Difference(name, "was written and reads back differently"))
         if verify == "full" and (expected.is_floating_point() or expected.is_complex()) and _non_finite(expected):
             odd.append(assignment.target)
@@ -99,15 +102,20 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
         compared.add(id(tensor))
         source = keys[assignment.alias_of] if assignment.alias_of is not None else assignment
         if source.target in digests or target.canonical in digests:
-            same = digests.equal(source.target if source.target in digests else target.canonical, tensor)
+            same = digests.equal(source.target if source.target in digests else target.canonical, local_of(tensor))
         else:
-            expected = values.planned(source, tensor)
+            shard = shard_of(tensor)
+            expected = values.planned(source, shard)
             if bits_lost(expected.dtype, tensor.dtype) and not plan.parts[source.part].pretrained.allow_narrowing:
                 out.append(Difference(name, f"was cast to {tensor.dtype}, which allow_narrowing=False forbids"))
                 continue
-            same = _same(tensor, expected, verify)
+            same = _same(shard.local, expected, verify)
         if not same:
             out.append(Difference(name, "has other values"))
+        elif is_stale(tensor):
+            out.append(
+                Difference(name, "is right, but the optimizer's fp32 copy of it is not, and its next step writes that")
+            )
     return out
 
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from warmstart.errors import CheckpointError, MappingError, VerificationError
+from warmstart.errors import CheckpointError, VerificationError
+from warmstart.loading.agreement import raised_on_all
 from warmstart.loading.inert import inert_adapters
 from warmstart.loading.materialising import materialise, needs_memory
 from warmstart.loading.preflight import preflight
-from warmstart.loading.values import Digests, Values, written
+from warmstart.loading.relaying import in_step
+from warmstart.loading.values import Digests, Values, loaded_here, written
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan import Plan, Verify
+from warmstart.shards import reshard, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(slots=True)
@@ -38,38 +45,39 @@ class Written:
     notes: list[str] = field(default_factory=list)
 
 
-def write(plan: Plan, verify: Verify) -> Written:
-    """Preflight, write and verify a plan.
+def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Written:
+    """Preflight, write and verify a plan; the ranks of `group` write once all of them have passed the preflight.
 
     Raises:
-        MappingError: The plan has errors, or preflight found one. The model is untouched.
+        MappingError: Preflight found something. The model is untouched.
         CheckpointError: A source cannot be read; `.written` names the entries that were written before that.
         VerificationError: The model does not hold what was written.
     """
-    if verify not in ("full", "sample", "off"):
-        raise MappingError(f"verify={verify!r}: one of 'full', 'sample', 'off'")
-    plan.raise_errors()
     started = time.perf_counter()
     before = sum(part.checkpoint.bytes_read for part in plan.parts)
     values = Values(plan)
-    values.secure()
-    preflight(plan, values)
+    with raised_on_all("preflight", group), in_step(plan):
+        values.secure()
+        preflight(plan, values)
     result = Written(verify)
     done: list[str] = []
     begun = False
+    reshard(plan.model)
     try:
-        if begun := needs_memory(plan):
-            result.notes += materialise(plan)
-        with torch.no_grad():
+        with in_step(plan), torch.no_grad():
+            if begun := needs_memory(plan):
+                result.notes += materialise(plan)
             for assignment in written(plan):
                 target = plan.targets.entries[assignment.target]
-                value = values.planned(assignment, target.tensor)
+                shard = shard_of(target.tensor)
+                value = values.planned(assignment, shard)
                 others = plan.targets.groups.get(target.canonical, [])
-                _place(target.tensor, value, [plan.targets.entries[name].tensor for name in others])
+                _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
                 done.append(assignment.target)
-                if assignment.fill is None and not plan.parts[assignment.part].checkpoint.files:
-                    result.digests.keep(assignment.target, value, assignment.loaded if assignment.keeps else None)
-        result.notes += verify_written(plan, values, verify)
+                if assignment.fill is None and not plan.parts[assignment.part].checkpoint.lasting:
+                    mask = loaded_here(assignment, shard) if assignment.keeps else None
+                    result.digests.keep(assignment.target, value, mask)
+            result.notes += verify_written(plan, values, verify)
     except VerificationError as error:
         error.report = result
         raise

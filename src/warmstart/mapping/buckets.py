@@ -31,7 +31,7 @@ class Problem:
     Attributes:
         kind: `missing`, `unexpected`, `mismatched`, `collision`, `unused`, `ambiguous`, `nothing matched`, `into`,
             `coverage`, `dtype`, `overlap`, `incomplete` or `conversion` (a conversion that does not work out), `adapter`,
-            `fill`, `load hook`, `lock` or `wrappers`.
+            `fill`, `load hook` or `lock`.
         message: What, where, and the line to type.
         names: The entries or keys concerned.
     """

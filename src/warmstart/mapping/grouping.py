@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from warmstart.patterns import Pattern
+from warmstart.showing import printable as printable
 
 Tag = TypeVar("Tag", bound=Hashable)
 
@@ -106,16 +107,6 @@ def pasteable(field_name: str, names: Collection[str], others: Collection[str]) 
 def _literal(name: str) -> str:
     """The pattern that matches this name only, whatever characters of a glob it holds; a huge name is cut."""
     return re.sub(r"[\[*?]", r"[\g<0>]", name[:200]) + "*" * (len(name) > 200)
-
-
-def printable(text: str, limit: int = 300) -> str:
-    """Text that is safe on a terminal: control characters escaped, the middle of a huge name left out."""
-    safe = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii") for c in text[: 4 * limit]
-    )
-    if len(text) <= limit and len(safe) <= 2 * limit:
-        return safe
-    return f"{safe[:limit]}... ({len(text):,} characters)"
 
 
 def _paths(name: str) -> list[str]:

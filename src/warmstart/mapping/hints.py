@@ -25,7 +25,7 @@ def report_unused(patterns: PatternSet, names: Collection[str], what: str, error
 
 def did_you_mean(text: str, names: Collection[str]) -> str:
     near = [glob.escape(name) if name == text else name for name in nearest(text, names)]
-    return f"; did you mean {' or '.join(repr(printable(name)) for name in near)}?" if near else ""
+    return f" (did you mean {' or '.join(repr(printable(name)) for name in near)}?)" if near else ""
 
 
 def paste(field_name: str, names: Collection[str], targets: Targets) -> str:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal
 
 from torch import Tensor
 from typing_extensions import TypeVar
@@ -24,7 +24,11 @@ from warmstart.mapping.reversing import ReversedCheckpoint
 from warmstart.mapping.table import lines
 from warmstart.tensors import dtype_name
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 Verify = Literal["full", "sample", "off"]
+Read = Literal["local", "broadcast"]
 R = TypeVar("R", default=Any)
 
 
@@ -56,19 +60,29 @@ class Plan(Buckets, Generic[R]):
         """The (strip, add) pair that was inferred; of a plan with one part."""
         return self.parts[0].prefix if len(self.parts) == 1 else None
 
-    def apply(self, *, verify: Verify = "full") -> R:
+    def apply(self, *, verify: Verify = "full", read: Read = "local", group: ProcessGroup | None = None) -> R:
         """Write the plan into the model it was made for, verify it, and freeze what is to be frozen.
+
+        In a run of several processes every rank of `group` calls this. They compare their plans first, and what one of
+        them finds is raised on all. `plan()` meets nobody, so a rank on which it raises has to say so by ending;
+        `load()`, which does both, takes such an error to the others too.
 
         Args:
             verify: `"full"` compares every element with the source after writing, `"sample"` a fixed sample of each
                 tensor, `"off"` nothing.
+            read: `"local"`: every rank reads what it holds of the model. `"broadcast"`: one rank of each node reads, and
+                passes every tensor on to the others of its node.
+            group: The process group whose ranks must agree; None: all ranks. Give each pipeline stage its own, since
+                their models differ.
 
         Raises:
-            MappingError: The plan has errors, or a value cannot be cast safely. The model is untouched.
-            CheckpointError: The source changed since it was planned, or cannot be read.
+            MappingError: The plan has errors, a value cannot be cast safely, or ranks have other plans or models. The
+                model is untouched.
+            CheckpointError: The source changed since it was planned, cannot be read, or is not the same on all ranks.
             VerificationError: The model does not hold what was written.
+            TimingError: A rank did not come within `WARMSTART_TIMEOUT` seconds (600).
         """
-        return self.applier(self, verify=verify)
+        return self.applier(self, verify=verify, read=read, group=group)
 
     def raise_errors(self) -> None:
         """Raise every error of the plan at once.

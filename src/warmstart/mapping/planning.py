@@ -270,8 +270,9 @@ def unexcused(
         if left and number not in nothing:
             info = part.part.checkpoint.info
             fix = pasteable("allow_unexpected", left, set(keys).difference(left))
+            fit = "fits" if len(left) == 1 else "fit"
             message = (
-                f"{_count(left, 'key', 'keys')} of {part.part.pretrained.label} fit nothing in the model\n"
+                f"{_count(left, 'key', 'keys')} of {part.part.pretrained.label} {fit} nothing in the model\n"
                 f"{listed((key, str(info(key).shape)) for key in left)}\n"
                 f"  -> to leave them unused: {fix}"
             ) + (f"\n{part.hint}" if part.hint else "")

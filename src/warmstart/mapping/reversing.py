@@ -13,6 +13,7 @@ from warmstart.mapping.buckets import Assignment, Buckets
 from warmstart.mapping.derivations import Derivation
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.targets import Live
+from warmstart.shards import gathered
 from warmstart.tensors import bits_lost, dtype_name, range_lost, same_bits
 
 
@@ -85,7 +86,7 @@ class ReversedCheckpoint(Checkpoint):
         live = self._live.tensor(self._plan.targets.entries[step.target])
         if live is None:
             raise CheckpointError(f"'{step.target}' is no longer part of the model; plan again to save it as it is now")
-        value = live.detach().cpu()
+        value = gathered(live).detach().cpu()
         if step.adapter is not None:
             held, value = value, step.adapter.undo(value, step.source_shape)
             again, mask = step.adapter.apply(value, held), step.loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from warmstart.errors import MappingError
+from warmstart.errors import MappingError, TimingError
 from warmstart.mapping.names import WRAPPER_SEGMENTS, join, without_wrappers, wrapped_child
 from warmstart.mapping.peft import AdapterEntry, base_child, cleaner, member_of_adapter, prefix_of
+from warmstart.shards import full_shape, is_sharded, sharded_behind
 
 Kind = Literal["parameter", "buffer"]
 
@@ -28,9 +30,9 @@ class Target:
         owner: The module that holds it.
         leaf: Its name in `owner`.
         adapter: Where it stands in a PEFT adapter; None for an entry of the model itself.
-        shape: Its shape; `()` for a lazy one, which has none yet.
+        shape: Its shape, of a sharded one the whole tensor's; `()` for a lazy one, which has none yet.
         lazy: Whether it had no shape when it was found: a load gives it the checkpoint's.
-        numel: Its number of elements; 0 for a lazy one.
+        numel: Its number of elements, in all shards; 0 for a lazy one.
         alias_of: Name of the first entry that is the same tensor; None for the first one.
     """
 
@@ -89,7 +91,8 @@ class Targets:
         """All entries of `model`.
 
         Raises:
-            MappingError: An entry is only a shard, or two entries have one name.
+            TimingError: Wrapped parameters are flattened into one.
+            MappingError: Two entries have one name, or shards do not say what they are shards of.
         """
         targets = cls()
         seen: dict[object, str] = {}
@@ -109,7 +112,7 @@ class Targets:
             targets.entries[target.name] = target
             if target.alias_of is not None:
                 targets.groups.setdefault(target.alias_of, [target.alias_of]).append(target.name)
-        _refuse_unready(targets)
+        _refuse_flattened(targets)
         return targets
 
     def spellings(self, name: str) -> tuple[str, ...]:
@@ -137,7 +140,8 @@ class Live:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = {id(module) for module in model.modules()}
-        self.tensors = {id(t) for t in [*model.parameters(), *model.buffers()]}
+        self._behind = sharded_behind(model)
+        self.tensors = {id(self._behind.get(id(t), t)) for t in [*model.parameters(), *model.buffers()]}
 
     def has(self, module: nn.Module) -> bool:
         return id(module) in self._modules
@@ -147,13 +151,14 @@ class Live:
             members = target.owner._parameters if target.kind == "parameter" else target.owner._buffers
             tensor = members.get(target.leaf)
             if tensor is not None:
-                return tensor
+                return self._behind.get(id(tensor), tensor)
         return target.tensor if id(target.tensor) in self.tensors else None
 
 
 def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
     """Depth first, in registration order, every path to every tensor (a shared module is met under each of its names)."""
     stack: list[tuple[nn.Module, str, str, AdapterEntry | None, tuple[int, ...]]] = [(model, "", "", None, ())]
+    behind = sharded_behind(model)
     while stack:
         module, path, clean, at, above = stack.pop()
         if id(module) in above:
@@ -178,6 +183,7 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
             for leaf, tensor in members.items():
                 if tensor is None:
                     continue
+                tensor = behind.get(id(tensor), tensor)
                 name = join(path, leaf)
                 clean_name = name if path == clean else join(clean, leaf)
                 if wrapper is not None:
@@ -186,9 +192,9 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
                     targets.transient.add(clean_name)
                 else:
                     lazy = is_lazy(tensor)
-                    shape = () if lazy else tuple(tensor.shape)
+                    shape = () if lazy else full_shape(tensor)
                     adapter = member_of_adapter(module, base, clean, at, leaf)
-                    numel = 0 if lazy else tensor.numel()
+                    numel = 0 if lazy else math.prod(shape)
                     yield Target(name, clean_name, kind, tensor, module, leaf, adapter, shape, lazy, numel)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             targets.extra_state.add(join(clean, "_extra_state"))
@@ -203,7 +209,13 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
 def _identity(tensor: Tensor, seen: dict[object, str], name: str) -> str:
     """The first name of this tensor: the same object, or another view of exactly the same memory."""
     first = seen.setdefault(id(tensor), name)
-    if first == name and tensor.device.type != "meta" and not is_lazy(tensor) and tensor.numel():
+    if (
+        first == name
+        and tensor.device.type != "meta"
+        and not is_lazy(tensor)
+        and tensor.numel()
+        and not is_sharded(tensor)
+    ):
         try:
             memory = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         except RuntimeError:  # a subclass without storage of its own
@@ -213,9 +225,9 @@ def _identity(tensor: Tensor, seen: dict[object, str], name: str) -> str:
     return first
 
 
-def _refuse_unready(targets: Targets) -> None:
-    sharded = [name for name, t in targets.entries.items() if type(t.tensor).__name__ == "DTensor"]
-    if sharded:
-        raise MappingError(
-            f"{sharded[0]} (one of {len(sharded)}) is sharded over ranks already; load before fully_shard(model)"
+def _refuse_flattened(targets: Targets) -> None:
+    if "FullyShardedDataParallel" in targets.wrapped:
+        raise TimingError(
+            "the model is wrapped in FullyShardedDataParallel, which keeps many parameters as one flat one; load before the "
+            "wrap, or shard with torch.distributed.fsdp.fully_shard, which can be loaded into at any time"
         )

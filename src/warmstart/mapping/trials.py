@@ -18,7 +18,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from warmstart.errors import MappingError
 from warmstart.mapping.derivations import Shape
+from warmstart.shards import full_shape, is_sharded, unsharded_type
 
 _aten = torch.ops.aten
 
@@ -63,8 +65,18 @@ class Trial:
         self._real = {id(twins[id(t)]): t for t in _tensors(module) if not is_lazy(t)}
 
     def held(self, stand_ins: frozenset[int]) -> dict[int, Tensor]:
-        """What the module holds now, on the CPU, of the tensors that `Outcome.made_from` names."""
-        return {number: self._real[number].detach().cpu().clone() for number in sorted(stand_ins)}
+        """What the module holds now, on the CPU, of the tensors that `Outcome.made_from` names.
+
+        Raises:
+            MappingError: This process holds a part of them only.
+        """
+        real = {number: self._real[number] for number in sorted(stand_ins)}
+        if any(is_sharded(tensor) for tensor in real.values()):
+            raise MappingError(
+                f"'{self._prefix}*' computes what it loads from tensors of its own, which are sharded over ranks; load before "
+                "the model is sharded, or leave the module out with exclude="
+            )
+        return {number: tensor.detach().cpu().clone() for number, tensor in real.items()}
 
     def let_go(self) -> None:
         """Keep the stand-ins only: what the module is and holds from here on does not matter."""
@@ -276,6 +288,17 @@ def _written(schema: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> lis
     return found
 
 
+def stand_in(module: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
+    """A module like this one, down to its children, that may be run without touching it; sharded tensors are whole in it.
+
+    Args:
+        module: What it stands for.
+        values: What its tensors hold, by the identity of the module's; the others are on the meta device.
+    """
+    twin: nn.Module = _twins(module, values, torch.device("meta"))[id(module)]
+    return twin
+
+
 def _twins(module: nn.Module, held: Mapping[int, Tensor], lazy: torch.device) -> dict[int, Any]:
     """Stand-ins of every module and tensor at and below `module`, by the identity of what they stand for.
 
@@ -289,13 +312,13 @@ def _twins(module: nn.Module, held: Mapping[int, Tensor], lazy: torch.device) ->
             twins[id(tensor)] = _like_lazy(tensor, lazy)
             continue
         value = held.get(id(tensor))
-        twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if value is None else value.clone()
+        twin = torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta") if value is None else value.clone()
         if isinstance(tensor, nn.Parameter):
             twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
         twins[id(tensor)] = twin
     modules = list(module.modules())
     for each in modules:
-        twins[id(each)] = type(each).__new__(type(each))
+        twins[id(each)] = object.__new__(unsharded_type(each))
     for each in modules:
         # Not setattr: a module's own __setattr__ may do more, and needs what is not there yet.
         twins[id(each)].__dict__ = {name: _rebound(value, twins) for name, value in each.__dict__.items()}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.folders.npy_folder import open_npy_folder
 from warmstart.checkpoints.folders.sharded import INDEX_SUFFIX, read_index
 from warmstart.checkpoints.leaves import counted, listed, shown
 from warmstart.checkpoints.refusals import refuse_engine_folder
@@ -120,6 +119,8 @@ def open_folder(
     refuse_engine_folder(path, [*files, *folders])
     weights = [name for name in files if _is_weights(name)]
     if all(name.endswith(".npy") for name in weights) and _holds_only_npy(path):
+        from warmstart.checkpoints.folders.npy_folder import open_npy_folder
+
         return open_npy_folder(path, checkpoint_key=checkpoint_key)
     try:
         choice = choose(files, where=str(path), spell=lambda name: str(path / name))

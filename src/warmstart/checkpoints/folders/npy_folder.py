@@ -10,7 +10,8 @@ from torch import Tensor
 
 from warmstart.checkpoints.base import Checkpoint, FileStamp, Index, TensorInfo
 from warmstart.checkpoints.leaves import MappedFile, shown
-from warmstart.checkpoints.numpy_file import MAGIC, open_npy
+from warmstart.checkpoints.numpy_file import open_npy
+from warmstart.checkpoints.signatures import NPY
 from warmstart.errors import CheckpointError
 
 MAX_FILES: Final = 100_000
@@ -76,8 +77,8 @@ def _look(path: Path) -> tuple[FileStamp, TensorInfo]:
         raise CheckpointError(f"{path}: the file is empty (0 bytes); copy or download it again")
     file = MappedFile(path)
     with file.scattered():
-        magic = file.map[: len(MAGIC)]
-    if magic != MAGIC:
+        magic = file.map[: len(NPY)]
+    if magic != NPY:
         raise CheckpointError(f"{path}: is named as a numpy file and is none; take it out of the folder")
     checkpoint = open_npy(file, checkpoint_key=None)
     if checkpoint.keys() != (path.stem,) or checkpoint.info(path.stem).file != 0:

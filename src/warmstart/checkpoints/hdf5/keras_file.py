@@ -38,14 +38,13 @@ from warmstart.checkpoints.leaves import (
 )
 from warmstart.checkpoints.pickled.building import is_swapped
 from warmstart.checkpoints.pickled.refs import StorageRef, TensorRef, Unreadable, torch_dtype, why_not
+from warmstart.checkpoints.signatures import H5, KERAS_MEMBER
 from warmstart.checkpoints.torch_files.boxes import PiecedLeaf
 from warmstart.checkpoints.trees import take_tree
 from warmstart.checkpoints.walking import is_optimizer_name
 from warmstart.checkpoints.windows import Window
 from warmstart.errors import CheckpointError
 
-MAGIC: Final = b"\x89HDF\r\n\x1a\n"
-KERAS_MEMBER: Final = "model.weights.h5"
 MAX_ANSWER: Final = 96 << 20
 SECONDS: Final = 120
 INSTALL: Final = "pip install 'warmstart[keras]'"
@@ -79,7 +78,7 @@ def open_keras(file: MappedFile, member: Member, *, checkpoint_key: str | None =
             f"unzip {file.path.name} {KERAS_MEMBER}"
         )
     window = Window(file, member.start, member.size)
-    if window.map[:8] != MAGIC:
+    if window.map[:8] != H5:
         raise CheckpointError(
             f"{file.path}: {shown(member.name)} is no HDF5 file; get the file again from where it came"
         )

@@ -28,6 +28,7 @@ from warmstart.checkpoints.leaves import (
 from warmstart.checkpoints.pickled import pickles
 from warmstart.checkpoints.pickled.building import build_checkpoint
 from warmstart.checkpoints.pickled.refs import StorageRef, Stub, TensorRef, TorchConstant, Unreadable
+from warmstart.checkpoints.signatures import DCP_METADATA as METADATA
 from warmstart.checkpoints.torch_files.boxes import Piece, PiecedLeaf, not_a_tiling
 from warmstart.checkpoints.torch_files.torch_file import find_pickle, unpickle
 from warmstart.checkpoints.trees import take_tree
@@ -35,7 +36,6 @@ from warmstart.checkpoints.walking import is_optimizer_name
 from warmstart.checkpoints.windows import Window
 from warmstart.errors import CheckpointError
 
-METADATA: Final = ".metadata"
 MAX_MAPS: Final = 64
 _CONVERT: Final = (
     "convert the folder once: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pt"

@@ -10,10 +10,10 @@ from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile, counted, sh
 from warmstart.checkpoints.pickled import opcodes, pickles
 from warmstart.checkpoints.pickled.building import Place, build_checkpoint
 from warmstart.checkpoints.pickled.refs import StorageRef, StorageType, TensorRef
+from warmstart.checkpoints.signatures import TORCH_LEGACY
 from warmstart.checkpoints.torch_files.torch_file import storage_maker
 from warmstart.errors import CheckpointError
 
-MAGIC: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 PROTOCOL: Final = 1001
 TAR_MEMBERS: Final = {"sys_info", "pickle", "storages", "tensors"}
 MAX_TAR_MEMBERS: Final = 64
@@ -48,7 +48,7 @@ def storage_from_bytes(data: bytes, where: str) -> StorageRef:
     Raises:
         CheckpointError: The bytes are not one storage as torch writes it.
     """
-    if not data.startswith(MAGIC):
+    if not data.startswith(TORCH_LEGACY):
         raise CheckpointError(f"{where}: a storage that is not in torch's own format")
     content, _, places = _read_chain(data, len(data), where)
     if type(content) is not StorageRef:
@@ -88,7 +88,7 @@ def open_plain_pickle(file: MappedFile, *, checkpoint_key: str | None) -> LeafCh
 
 
 def _read_chain(data: opcodes.Buffer, size: int, where: str) -> tuple[object, list[str], dict[str, tuple[int, bool]]]:
-    position = len(MAGIC)
+    position = len(TORCH_LEGACY)
     protocol, position, _ = _next_pickle(data, position, size, f"{where} (protocol)")
     if protocol != PROTOCOL:
         raise CheckpointError(

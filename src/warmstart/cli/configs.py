@@ -1,0 +1,89 @@
+"""The file of `--config`: rules under the options' own names, or what a callback takes, unchanged."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from warmstart.cli.answers import UsageError
+from warmstart.errors import MappingError
+from warmstart.mapping.pretrained import Pretrained
+
+OF_HOSTS: Final = frozenset(
+    ("verify", "held", "unfreeze", "unfreeze_unit", "stages", "on_freeze_change", "lock", "log", "name")
+)
+"""Keywords of the callbacks that say nothing about a plan."""
+
+SEVERAL: Final = "(several)"
+"""Stands where one source would, beside a list of them."""
+
+_FIELDS: Final = [field.name for field in fields(Pretrained)]
+
+
+def config(path: str, options: Collection[str]) -> str:
+    """What a parser with these options takes for `--config`: the path, or what the file means to a callback as YAML.
+
+    A callback's keywords have the source, or several with rules of their own, under `pretrained`; LightningCLI saves
+    objects as `class_path` and `init_args`.
+
+    Raises:
+        UsageError: Several sources for a command that takes one, or fields beside sources that have their own.
+    """
+    try:
+        file = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return path  # the parser says what is wrong
+    given = _arguments(file)
+    if not isinstance(given, Mapping) or "pretrained" not in given:
+        return path if given is file else str(yaml.safe_dump(given))
+    rest = {name: value for name, value in given.items() if name in options or name not in OF_HOSTS}
+    sources = rest.pop("pretrained")
+    if isinstance(sources, str):
+        return str(yaml.safe_dump({"source": sources} | rest))
+    if beside := sorted(set(rest).intersection(_FIELDS)):
+        raise UsageError(
+            f"{path}: {', '.join(beside)} beside sources that have fields of their own; give it to each of them"
+        )
+    several = sources if isinstance(sources, list) else [sources]
+    if len(several) == 1:
+        return str(yaml.safe_dump(_fields(several[0]) | rest))
+    if "pretrained" not in options:
+        raise UsageError(f"{path}: names {len(several)} sources, and this command takes one; plan takes several")
+    return str(yaml.safe_dump(rest | {"source": SEVERAL, "pretrained": [_fields(each) for each in several]}))
+
+
+def part(value: Any, where: str) -> Pretrained:
+    """One of several sources, as plain data.
+
+    Raises:
+        UsageError: It is neither a name nor a mapping of `Pretrained`'s fields, or a value cannot be meant.
+    """
+    given = dict(value) if isinstance(value, Mapping) else {"source": value}
+    for name in given:
+        if name not in _FIELDS:
+            near = difflib.get_close_matches(str(name), _FIELDS, n=1)
+            raise UsageError(f"{where}: {name!r} is no field{f'; did you mean {near[0]}?' if near else ''}")
+    try:
+        return Pretrained(**given)
+    except (MappingError, TypeError) as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _fields(source: Any) -> dict[str, Any]:
+    source = _arguments(source)
+    if isinstance(source, str):
+        return {"source": source}
+    if not isinstance(source, Mapping) or not isinstance(source.get("source"), str):
+        raise UsageError(
+            f"pretrained: {source!r} should be a file, or a mapping such as {{source: FILE, into: encoder}}"
+        )
+    return dict(source)
+
+
+def _arguments(value: Any) -> Any:
+    return value.get("init_args", {}) if isinstance(value, Mapping) and "class_path" in value else value

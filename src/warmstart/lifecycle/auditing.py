@@ -1,0 +1,61 @@
+"""What optimizers hold, by identity: never by name or value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from warmstart.errors import TimingError
+from warmstart.mapping.grouping import listed
+from warmstart.mapping.plan import Plan
+
+
+def refuse_late_freeze(plan: Plan, names: set[str], optimizers: Sequence[torch.optim.Optimizer], fix: str) -> None:
+    """Refuse to freeze what trains already, with the `fix` to type.
+
+    Raises:
+        TimingError: An optimizer holds one of the entries.
+    """
+    held = {i for optimizer in optimizers for i in _held(optimizer)}
+    tensors = {name: plan.targets.entries[name].tensor for name in sorted(names)}
+    late = [name for name, tensor in tensors.items() if id(tensor) in held and tensor.requires_grad]
+    if late:
+        raise TimingError(
+            f"{len(late)} parameters that are to be frozen are in an optimizer already\n"
+            f"{listed((name, '') for name in late)}\n  -> {fix}"
+        )
+
+
+def audit(plan: Plan, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
+    """No optimizer may hold a loaded parameter that the model replaced, or none of what the model trains.
+
+    Raises:
+        TimingError: One does.
+    """
+    if not optimizers:
+        return
+    live = {id(p) for p in model.parameters()}
+    loaded = {
+        id(t.tensor): a.target for a in plan.assignments if (t := plan.targets.entries[a.target]).kind == "parameter"
+    }
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    for optimizer in optimizers:
+        held = _held(optimizer)
+        orphans = sorted(loaded[i] for i in held if i in loaded and i not in live)
+        if orphans:
+            raise TimingError(
+                f"the optimizer holds {len(orphans)} loaded parameters that the model has replaced since; they would train "
+                f"and the model would not\n{listed((name, '') for name in orphans)}\n"
+                "  -> replace parameters before configure_optimizers, or write to them in place"
+            )
+        if held and trainable and not held & trainable:
+            raise TimingError(
+                f"{type(optimizer).__name__} holds none of the model's {len(trainable)} trainable parameters; build it from "
+                "the model that trains: torch.optim.AdamW(p for p in self.parameters() if p.requires_grad)"
+            )
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -1,0 +1,468 @@
+"""One warm start over the life of a run."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from warmstart import api
+from warmstart.checkpoints.places import is_gone
+from warmstart.drift import Drift
+from warmstart.errors import CheckpointError, MappingError, TimingError
+from warmstart.freezing import Frozen, Held, entries_matching, freeze_entries
+from warmstart.lifecycle.auditing import audit, refuse_late_freeze
+from warmstart.lifecycle.holding import Holding, OnFreezeChange
+from warmstart.lifecycle.overlap import refuse_overlap
+from warmstart.lifecycle.past import Past, known, remember
+from warmstart.lifecycle.restoring import RestoreWatch
+from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
+from warmstart.loading.agreement import raised_on_all, raised_unless_alike
+from warmstart.loading.verifying import raise_differences, structure
+from warmstart.mapping.grouping import listed
+from warmstart.mapping.lock import frozen_names
+from warmstart.mapping.names import strip
+from warmstart.mapping.plan import Plan, Verify
+from warmstart.mapping.pretrained import Pretrained
+from warmstart.mapping.targets import Targets
+from warmstart.patterns import Patterns
+from warmstart.report import Report
+
+
+class Lifecycle:
+    """One warm start over the life of a run.
+
+    Attributes:
+        parts: The sources.
+        schedule: What to release when.
+        report: What was loaded into the present model; None before, and where this run did not load it.
+        restored: The state of the run that was resumed, as `state()` gave it; None otherwise.
+        late_freeze: What to do about an optimizer that holds what is to be frozen, in the host's words.
+    """
+
+    late_freeze = "leave these out of it, or let the optimizer be made after the load"
+
+    def __init__(
+        self,
+        parts: Sequence[Pretrained],
+        *,
+        verify: Verify = "full",
+        held: Held = "eval",
+        on_freeze_change: OnFreezeChange = "error",
+        unfreeze: Mapping[int, Patterns] | None = None,
+        unfreeze_unit: UnfreezeUnit = "epoch",
+        lock: str | os.PathLike[str] | None = None,
+    ) -> None:
+        for name, value, choices in (
+            ("verify", verify, ("full", "sample", "off")),
+            ("held", held, ("eval", "train")),
+            ("on_freeze_change", on_freeze_change, ("error", "allow")),
+            ("unfreeze_unit", unfreeze_unit, ("epoch", "step")),
+        ):
+            if value not in choices:
+                raise MappingError(f"{name}={value!r}: one of {', '.join(map(repr, choices))}")
+        self.parts = list(parts)
+        self.verify: Verify = verify
+        self.held: Held = held
+        self.on_freeze_change = on_freeze_change
+        self.schedule = Schedule.of(unfreeze or {})
+        self.unfreeze_unit: UnfreezeUnit = unfreeze_unit
+        self.lock = lock
+        self.restored: dict[str, Any] | None = None
+        self._early: frozenset[str] = frozenset()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.report: Report | None = None
+        self._freeze = Holding(self.schedule, self.held, self.on_freeze_change)
+        self._model: weakref.ref[nn.Module] | None = None
+        self._past: Past | None = None
+        self._gone: CheckpointError | None = None
+        self._watch = RestoreWatch(None)
+        self._hook: RemovableHandle | None = None
+        self._trained = False
+        self._drift: Drift | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The configuration alone: what a run made of it belongs to its process and its model."""
+        kept = ("parts", "verify", "held", "on_freeze_change", "schedule", "unfreeze_unit", "lock", "restored")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._early = frozenset()
+        self._reset()
+
+    def _identity(self) -> Hashable:
+        """What makes two warm starts the same one: their sources and rules."""
+        sources = [os.fspath(p.source) if isinstance(p.source, str | os.PathLike) else id(p.source) for p in self.parts]
+        return tuple((source, repr(sorted(p.rules().items()))) for source, p in zip(sources, self.parts, strict=True))
+
+    def same_as(self, other: Lifecycle) -> bool:
+        """Whether both load the same sources by the same rules."""
+        return self._identity() == other._identity()
+
+    def _known(self, model: nn.Module) -> Past | None:
+        return known(model, self._identity())
+
+    @property
+    def frozen(self) -> Frozen | None:
+        """What is frozen in the present model."""
+        return self._freeze.frozen
+
+    def plan(self, model: nn.Module) -> Plan[Report]:
+        """What goes where in this model; a host that knows more of its models than their names adds to the rules here."""
+        return api.plan(model, self.parts, lock=self.lock)
+
+    def loaded(self, model: nn.Module) -> bool:
+        """Whether this model is the one that was applied to last."""
+        return self._model is not None and self._model() is model
+
+    def announce(self, model: nn.Module, beside: Sequence[Lifecycle] = ()) -> None:
+        """Plan, and freeze, a model whose memory is made later than its optimizer; `apply` follows then.
+
+        Raises:
+            WarmStartError: As `apply`.
+            CheckpointError: The source is gone, and what to freeze is not known without it.
+        """
+        with raised_on_all("set up"):
+            past = self._known(model)
+            if past is not None:
+                self._take_up(model, past)
+            else:
+                self._announce(model, beside)
+
+    def _announce(self, model: nn.Module, beside: Sequence[Lifecycle]) -> None:
+        self._reset()
+        try:
+            plan = self.plan(model)
+        except CheckpointError as error:
+            if not any(is_gone(part.source) for part in self.parts):
+                raise
+            targets, names = Targets.of(model), set(self._frozen_names(model))
+            if not names and not self.knows_what_to_freeze:
+                raise CheckpointError(
+                    f"{error}\nThe optimizer of a sharded model is made before a resumed checkpoint is read, so what to "
+                    'freeze must be known without the source: freeze=["encoder"], or lock='
+                ) from error
+        else:
+            plan.raise_errors()
+            for other in beside:
+                other._rehearse(model)
+            targets, names = plan.targets, set(plan.freeze) - self.schedule.later(plan)
+        frozen = [t for name in names if (t := targets.entries[name]).kind == "parameter" and t.tensor.requires_grad]
+        for target in frozen:
+            target.tensor.requires_grad_(False)
+        self._early = frozenset(target.name for target in frozen)
+
+    def apply(
+        self,
+        model: nn.Module,
+        beside: Sequence[Lifecycle] = (),
+        *,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Load and freeze, once for each model object.
+
+        A file that is not there is tolerated for now if what to freeze is known without it: a resume may still come.
+
+        Args:
+            model: The bare model, before its optimizer and its wrapper.
+            beside: Other warm starts of the same run, whose entries this one must not write. Those that have not been
+                applied yet are planned first, so that an error in one of them leaves the model untouched.
+            optimizers: Those that exist already.
+            manifest: What `state()` gave for this run's newest checkpoint, which may be the one that will be resumed.
+
+        Raises:
+            WarmStartError: As `warmstart.load`.
+            TimingError: An optimizer holds a parameter already that is to be frozen.
+        """
+        self._unwatch()
+        with raised_on_all("set up"):
+            self._apply(model, beside, optimizers, manifest or {})
+        self.watch(model, manifest)
+
+    def _apply(
+        self,
+        model: nn.Module,
+        beside: Sequence[Lifecycle],
+        optimizers: Sequence[torch.optim.Optimizer],
+        manifest: Mapping[str, Any],
+    ) -> None:
+        past = self._known(model)
+        if past is not None:
+            self._take_up(model, past)
+            if self.report is not None:
+                refuse_overlap(self.report.plan, [other.report for other in beside])
+            return
+        self._reset()
+        plan: Plan[Report] | None = None
+        try:
+            plan = self.plan(model)
+        except CheckpointError as error:
+            if not any(is_gone(part.source) for part in self.parts):
+                raise
+            self._gone = error
+        raised_unless_alike(self._gone, "set up: its source")
+        if plan is None:
+            if names := self._frozen_names(model):
+                self._freeze.take(freeze_entries(model, names, Targets.of(model), self.held))
+            if self.frozen is None:
+                self._freeze.take_as_before(model, manifest)
+        else:
+            plan.raise_errors()
+            for other in beside:
+                other._rehearse(model)
+            refuse_overlap(plan, [other.report for other in beside])
+            refuse_late_freeze(plan, set(plan.freeze) - self.schedule.later(plan), optimizers, self.late_freeze)
+            self.report = api.apply(plan, verify=self.verify, held=self.held)
+            self._freeze.take(self.report.frozen)
+            remember(model, self._identity(), self.report)
+        if self.frozen is not None:
+            self.frozen.trained |= self._early
+        self._model = weakref.ref(model)
+
+    def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
+        """Notice, until training starts, what a load of the whole model's state dict matches; `apply` does this too."""
+        self._unwatch()
+        self._watch = RestoreWatch(self._freeze.change_since(manifest))
+        self._hook = model.register_load_state_dict_post_hook(self._watch)  # type: ignore[no-untyped-call]
+
+    def _unwatch(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _take_up(self, model: nn.Module, past: Past) -> None:
+        """Go on with a model that was loaded before."""
+        if self.report is not None and self.report.plan.model is model:
+            if self._trained:
+                self.report.status = "already-applied"
+                self._freeze.stage()
+            return
+        self._reset()
+        self._model, self._past, self._trained = weakref.ref(model), past, True
+        self._freeze.take_up(model, past.frozen, past.trained, past.rows)
+
+    def _rehearse(self, model: nn.Module) -> None:
+        if self._known(model) is None and not any(is_gone(part.source) for part in self.parts):
+            self.plan(model).raise_errors()
+
+    def _frozen_names(self, model: nn.Module) -> list[str]:
+        """What to freeze, as far as it is known without the source."""
+        patterns: list[str] = []
+        for part in self.parts:
+            if not isinstance(part.freeze, bool):
+                patterns += [part.freeze] if isinstance(part.freeze, str) else list(part.freeze)
+        if self.lock is not None:
+            targets = Targets.of(model)
+            return [name for name in frozen_names(self.lock) if name in targets.entries]
+        return entries_matching(model, patterns) if patterns else []
+
+    @property
+    def waiting(self) -> CheckpointError | None:
+        """The error of a source that is gone, while only a resume can make up for it."""
+        return self._gone
+
+    @property
+    def knows_what_to_freeze(self) -> bool:
+        """Whether the frozen names are known although the source is gone."""
+        return self.frozen is not None or self.lock is not None or not any(part.freeze is True for part in self.parts)
+
+    def resume(self, model: nn.Module, state: dict[str, Any] | None) -> None:
+        """Take over the state of the run that is being resumed: freeze what it froze, or say how that differs.
+
+        Args:
+            model: The model that was applied to.
+            state: As `state()` gave it; None if the run left none.
+
+        Raises:
+            FrozenChangedError: The resumed run had frozen other entries, and `on_freeze_change` is `"error"`.
+        """
+        if not self.loaded(model):
+            return
+        with raised_on_all("resume"):
+            if state is not None:
+                self._resume(model, state)
+
+    def _resume(self, model: nn.Module, state: dict[str, Any]) -> None:
+        self.restored = dict(state)
+        self._watch.warning = None
+        if self._gone is not None and (self.frozen is None or state.get("rows")):
+            self._freeze.take_as_before(model, state)
+        self._freeze.resume(state)
+
+    def rearm(self) -> None:
+        """A trial run of the host's own (a learning rate finder) is over and has put the weights back: check once more."""
+        if self.report is not None and self.report.status == "applied":
+            self._trained = False
+
+    def start(
+        self,
+        model: nn.Module,
+        *,
+        resumed: bool,
+        optimizers: Sequence[torch.optim.Optimizer] | None = None,
+        progress: int = 0,
+        bears_unused: bool = True,
+        at_first_batch: bool = False,
+    ) -> bool:
+        """The last look before training: values first, then whether a restore explains a difference.
+
+        Args:
+            model: The model as it will train.
+            resumed: Whether the host restored a checkpoint into it since `apply`.
+            optimizers: The optimizers that will train it, if they hold the model's own parameters.
+            progress: How many units (`unfreeze_unit`) the run has behind it.
+            bears_unused: Whether the wrapper that averages gradients bears parameters that get none for now.
+            at_first_batch: Whether the first batch comes next, so that `check_first_batch` would see nothing new.
+
+        Returns:
+            Whether the model has not trained since it was loaded, so that there is something new to tell.
+
+        Raises:
+            TimingError: The model was never loaded, its optimizer does not train it, or its wrapper would hang on what is
+                released later.
+            CheckpointError: The source is gone and no resume made up for it, or the resumed checkpoint matched nothing.
+            VerificationError: The model does not hold what was loaded, and no restore explains it.
+            FrozenChangedError: A frozen tensor is trainable again or has moved.
+        """
+        with raised_on_all("start of training"):
+            self._start(model, resumed, optimizers)
+        with raised_on_all("freeze"):  # on its own: it gathers shards, for which each rank is needed
+            self._freeze.start(resumed=resumed, progress=progress, bears_unused=bears_unused)
+        first = not self._trained
+        self._trained = self._trained or at_first_batch
+        return first
+
+    def _start(self, model: nn.Module, resumed: bool, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
+        self._unwatch()
+        failed = self.report is not None and self.report.status == "failed"
+        if not self.loaded(model) or failed:
+            raise TimingError(
+                "training starts and the pretrained weights were never loaded into this model; see to it that the "
+                "callback is in place when the model is set up, or call warmstart.load(model, ...) yourself"
+            )
+        if resumed and self._watch.seen and not self._watch.matched:
+            raise CheckpointError(
+                f"the checkpoint that is resumed matches none of the {len(model.state_dict())} entries of "
+                f"{type(model).__name__}: its weights were passed over and training would go on without them\n"
+                "  -> resume from a checkpoint of this model"
+            )
+        if self._gone is not None:
+            self._settle_gone(model, resumed)
+        elif self.report is not None:
+            if resumed or not self._trained:
+                self._compare(self.report, model, resumed)
+            else:
+                raise_differences(structure(self.report.plan, model), "when training starts again")
+            audit(self.report.plan, model, optimizers)
+
+    def look(self, model: nn.Module, *, resumed: bool) -> None:
+        """Compare the values for a stage that does not train.
+
+        Raises:
+            WarmStartError: As `start`.
+        """
+        with raised_on_all("look before a stage"):
+            self._start(model, resumed, None)
+
+    def enforce(self) -> None:
+        """Freeze what the schedule releases later; the optimizer and the wrapper are there by now."""
+        if self.frozen is not None:
+            self.frozen.enforce()
+
+    def measure_drift(self, model: nn.Module) -> None:
+        """Remember, after `start`, what the loaded layers start from."""
+        if self.report is not None and self._drift is None:
+            self._drift = Drift.of(self.report, model)
+
+    def drift(self, model: nn.Module) -> dict[str, float]:
+        """Path of each module that was loaded and trains, to its relative distance from its pretrained values."""
+        return self._drift.measure(model) if self._drift is not None else {}
+
+    def advance(self, progress: int) -> tuple[str, ...]:
+        """Release what the schedule releases after `progress` units of training.
+
+        Returns:
+            The entries that train from now on.
+        """
+        return self._freeze.advance(progress)
+
+    def _settle_gone(self, model: nn.Module, resumed: bool) -> None:
+        assert self._gone is not None
+        if not resumed or not self._watch.seen:
+            raise self._gone
+        scopes = [part.into for part in self.parts]
+        if lacking := [n for n in self._watch.lacking(model) if any(strip(n, into) is not None for into in scopes)]:
+            raise CheckpointError(
+                f"{self._gone}\nThe checkpoint that is resumed cannot stand in for it: it lacks {len(lacking)} of "
+                f"the model's entries\n{listed((name, '') for name in lacking)}"
+            )
+        if not self.knows_what_to_freeze:
+            raise CheckpointError(
+                f"{self._gone}\nA resumed run can do without it only if it is known what to freeze: name it, "
+                'freeze=["encoder"], or resume from a checkpoint that holds this callback\'s state'
+            )
+
+    def _compare(self, report: Report, model: nn.Module, resumed: bool) -> None:
+        if self.verify == "off":
+            report.status = "superseded-by-resume" if resumed else report.status
+            return
+        try:
+            wrong = report.differences(model, self.verify)
+        except CheckpointError:
+            if not resumed:
+                raise
+            report.status = "superseded-by-resume"  # whatever the file was, the run has its own weights
+            return
+        if wrong and resumed:
+            report.status = "superseded-by-resume"
+        elif wrong:
+            report.status = "failed"
+            raise_differences(wrong, "when training starts")
+
+    def check_first_batch(self, model: nn.Module) -> None:
+        """Once more before the first training batch, so that no hook in between goes unseen: parameters and the frozen.
+
+        Raises:
+            VerificationError: A loaded parameter was written to since training started.
+            FrozenChangedError: A frozen tensor moved.
+        """
+        with raised_on_all("first training batch"):
+            if self.report is not None and self.report.status == "applied":
+                wrong = self.report.differences(model, self.verify, buffers=False)
+                if wrong:
+                    self.report.status = "failed"
+                    raise_differences(wrong, "before the first training batch")
+            self._freeze.check(sampled=True)
+        self._trained = True
+
+    def guard(self, *, full: bool) -> None:
+        """Compare the frozen tensors with their digests, sampled or in full.
+
+        Raises:
+            FrozenChangedError: A frozen tensor moved.
+        """
+        with raised_on_all("check of what is frozen"):
+            self._freeze.check(sampled=not full)
+
+    def state(self) -> dict[str, Any]:
+        """What a descendant of this run should know, as plain JSON types."""
+        lineage: dict[str, Any] | None = None
+        status = "pending"
+        if self.report is not None:
+            lineage, status = self.report.lineage, self.report.status
+        elif self._past is not None:
+            lineage, status = self._past.lineage, "already-applied"
+        elif self._gone is not None and self.restored is not None:
+            status = "superseded-by-resume"
+        if status == "superseded-by-resume" and self.restored is not None:
+            lineage = self.restored.get("lineage", lineage)
+        return {"format": 1, "status": status, "lineage": lineage, **self._freeze.state()}

@@ -1,0 +1,65 @@
+"""Which models were loaded by which warm start: once for each model object, whichever callback asks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from warmstart.errors import TimingError
+from warmstart.mapping.targets import Live
+from warmstart.report import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What is remembered of a model that was loaded; it keeps neither the model nor a source alive."""
+
+    owners: weakref.WeakSet[nn.Module]
+    count: int
+    frozen: tuple[str, ...]
+    trained: frozenset[str]
+    rows: dict[str, Tensor]
+    lineage: dict[str, Any]
+
+    @classmethod
+    def of(cls, report: Report) -> Past:
+        plan, frozen = report.plan, report.frozen
+        owners = weakref.WeakSet(plan.targets.entries[a.target].owner for a in plan.assignments)
+        if frozen is None:
+            return cls(owners, len(owners), (), frozenset(), {}, report.lineage)
+        rows = {name: held.mask for name, held in frozen.rows.items()}
+        return cls(owners, len(owners), frozen.declared, frozen.trained, rows, report.lineage)
+
+
+# A host may copy its callbacks or make new ones for every fit.
+_LOADED: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Past]] = weakref.WeakKeyDictionary()
+
+
+def remember(model: nn.Module, identity: Hashable, report: Report) -> None:
+    _LOADED.setdefault(model, {})[identity] = Past.of(report)
+
+
+def known(model: nn.Module, identity: Hashable) -> Past | None:
+    """What is remembered of `model`, unless it has built the loaded modules anew since.
+
+    Raises:
+        TimingError: It has built a part of them anew: neither loading again nor leaving it would be right.
+    """
+    past = _LOADED.get(model, {}).get(identity)
+    if past is None:
+        return None
+    live = Live(model)
+    left = sum(live.has(owner) for owner in list(past.owners))
+    if left == past.count:
+        return past
+    if left == 0:
+        del _LOADED[model][identity]
+        return None
+    raise TimingError(
+        f"{past.count - left} of the {past.count} modules that were loaded have been replaced since, and the others kept; "
+        "build the model anew as a whole, or load the new modules yourself: warmstart.load(model, ..., include=[...])"
+    )

@@ -1,0 +1,35 @@
+"""Run by test_failures.py under a launcher: one process goes another way, and all have to end."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import sys
+from pathlib import Path
+
+import loops
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from warmstart_accelerate import warm_start
+
+case, folder = sys.argv[1], Path(sys.argv[2])
+wait = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=20))
+accelerator = Accelerator(cpu=True, kwargs_handlers=[wait])
+main = accelerator.is_main_process
+model = loops.Net() if case == "another model" and not main else loops.Smooth()
+
+if case == "killed" and main:
+    os.kill(os.getpid(), signal.SIGKILL)
+if case == "rank 0 only":
+    if main:
+        warm_start(accelerator, model, folder / "encoder.pt", into="encoder", freeze=True)
+else:
+    name = "nowhere.pt" if case == "no file" and not main else "encoder.pt"
+    warm_start(accelerator, model, folder / name, into="encoder", freeze=True)
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+model, optimizer = accelerator.prepare(model, optimizer)
+model(torch.randn(4, 4))
+accelerator.end_training()
