@@ -10,6 +10,7 @@ from warmstart.mapping.suggesting.indices import ListSets, shift
 from warmstart.mapping.suggesting.items import matched
 from warmstart.mapping.suggesting.linking import Evidence, Link, Twins
 from warmstart.mapping.suggesting.matching import Side, pair
+from warmstart.mapping.suggesting.siblings import Siblings
 from warmstart.mapping.suggesting.structure import structure
 from warmstart.mapping.suggesting.templates import Template, index_positions, templates
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
@@ -89,6 +90,8 @@ def infer(keys: Mapping[str, Shape], entries: Mapping[str, Shape], *, vocabulary
     a, b = Side(found.keys, lexicon), Side(found.entries, lexicon)
     lists = ListSets.of(found.keys), ListSets.of(found.entries)
     pairs = pair(a, b)
+    siblings = Siblings(((c.key, c.entry) for c in pairs.values()), a, b)
+    pairs = {key: c for key, c in pairs.items() if siblings.go_along(key.path, c.entry.path)}
     beyond = structure(a, b, pairs, vocabulary)
     for candidate in pairs.values():
         _add(found, [(candidate.key, candidate.entry)], lists, None)
@@ -142,6 +145,7 @@ def _shifts(loose: list[tuple[Template, Template]]) -> list[tuple[int, ...]]:
 
 
 _WHY = {
+    Evidence.ELIMINATION: "the same names, in rows of another length",
     Evidence.SHAPES: "the only tensors of their shapes at corresponding places",
     Evidence.NUMBERS: "rows that count alike",
     Evidence.SOME_WORDS: "words in common at corresponding places",

@@ -9,6 +9,7 @@ from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import LEAVES, matched
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
 from warmstart.mapping.suggesting.matching import Candidate, Side
+from warmstart.mapping.suggesting.siblings import Siblings
 from warmstart.mapping.suggesting.spelling import spelled_alike
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
 
@@ -48,12 +49,13 @@ def judged(
         there[above[0]][above[1]] += 1
         back[above[1]][above[0]] += 1
         beside[above].append(link)
+    siblings = Siblings(((c.key, c.entry) for c in pairs.values()), keys, entries)
     crossed = {above: _crossed(row) for above, row in beside.items()}
     sure = set()
     for link in links:
         a, b = link.extra
         some = link.evidence >= Evidence.SOME_WORDS
-        owned = _both_own(link, keys, entries)
+        owned = _both_own(link, keys, entries) or not siblings.go_along(link.key.path, link.entry.path)
         if link.evidence == Evidence.WORDS or (
             not owned
             and (link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT))
@@ -70,12 +72,14 @@ def judged(
         known_there = any(entries.says(_around(link.entry.path, link.place[1]), w, link.entry) for w in a)
         known_here = any(keys.says(_around(link.key.path, link.place[0]), w, link.key) for w in b)
         known = known_there or known_here
+        stranger = all(link.extra) and siblings.keep_names(link.key.path, link.entry.path)
         if (
             (some and not (a and b) and not known)
             or (not (some and known) and spelled_alike(a, b))
             or (some and len(affixes[link.extra]) > 1 and not (known_there and known_here))
             or (
                 (row or len(repeats[link.extra]) > 1)
+                and not stranger
                 and not _strays(link, there, back)
                 and not _swapped(link, keys, entries)
             )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.indices import spread
-from warmstart.mapping.suggesting.items import Item
+from warmstart.mapping.suggesting.items import LEAVES, Item
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
@@ -18,7 +18,9 @@ Bag = tuple[str, ...]
 Tail = tuple[Bag, Shape]
 
 _CROWD = 24  # tails that more templates share say nothing about which is which
-_SUPPORT = 3  # different tails that must agree before two places with unlike names correspond
+_SUPPORT = 3  # modules with different tails that must agree before two places with unlike names correspond
+_PREFIXED = 2  # and before all of one name stands behind a prefix
+_RIVAL = 2 / 3  # of the modules that agree on a place: with as many, a place of another name is as likely
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -210,14 +212,19 @@ def pair(keys: Side, entries: Side) -> dict[Template, Candidate]:
     votes: dict[Place, set[Tail]] = defaultdict(set)
     for key, options in found.items():
         for option in options:
-            votes[option.place].add((option.tail, key.shape))
+            votes[option.place].add((_module(option, keys.lexicon), key.shape))
     chosen: dict[Template, Candidate] = {}
     for key, options in found.items():
         best = _best(options, votes, keys, entries)
         if best is not None:
             chosen[key] = best
-    chosen = _mutual(chosen, found, votes)
-    return _together(chosen, keys, entries)
+    return _mutual(chosen, votes, keys.lexicon)
+
+
+def _module(option: Candidate, lexicon: Lexicon) -> Bag:
+    """The words of a tail, but for what a layer calls its tensors: weight and bias of one norm are one name."""
+    tail = option.key.path[len(option.place[0]) :]
+    return bag(tail[:-1], lexicon) if tail[-1] in LEAVES else option.tail
 
 
 def _strength(option: Candidate, votes: dict[Place, set[Tail]]) -> tuple[int, int, int]:
@@ -230,16 +237,32 @@ def _best(options: list[Candidate], votes: dict[Place, set[Tail]], keys: Side, e
     if not good:
         return None
     good.sort(key=lambda o: _strength(o, votes), reverse=True)
-    if len(good) > 1 and _strength(good[0], votes) == _strength(good[1], votes):
+    if any(_as_likely(good[0], other, votes, keys.lexicon) for other in good[1:]):
         return None
     return good[0]
+
+
+def _as_likely(best: Candidate, other: Candidate, votes: dict[Place, set[Tail]], lexicon: Lexicon) -> bool:
+    """Whether another place is as likely: of two towers of one shape, what is missing in one does not tell which it is."""
+    if _strength(best, votes) == _strength(other, votes):
+        return True
+    if best.place == other.place or not (all(replaced(best.place, lexicon)) and all(replaced(other.place, lexicon))):
+        return False
+    return len(votes[other.place]) > _RIVAL * len(votes[best.place]) and _said(best, lexicon) <= _said(other, lexicon)
+
+
+def _said(option: Candidate, lexicon: Lexicon) -> int:
+    """How many words the two paths above the tail share."""
+    a, b = (Counter(word for segment in path for word in lexicon.content(segment)) for path in option.place)
+    return (a & b).total()
 
 
 def _corresponds(place: Place, tails: set[Tail], keys: Side, entries: Side) -> bool:
     """Whether two places may be one: by their words, or because different tensors below agree and no name speaks against."""
     if place == ((), ()):
         return True
-    if len(tails) < _SUPPORT or len({shape for _, shape in tails}) < 2:
+    least = _SUPPORT if all(place) else _PREFIXED
+    if len({words for words, _ in tails}) < least or len({shape for _, shape in tails}) < 2:
         return False
     return not _both_own(place, keys, entries)
 
@@ -269,7 +292,7 @@ def _both_own(place: Place, keys: Side, entries: Side) -> bool:
 
 
 def _mutual(
-    chosen: dict[Template, Candidate], found: dict[Template, list[Candidate]], votes: dict[Place, set[Tail]]
+    chosen: dict[Template, Candidate], votes: dict[Place, set[Tail]], lexicon: Lexicon
 ) -> dict[Template, Candidate]:
     """Each entry keeps the strongest of the keys that chose it, if one is."""
     by_entry: dict[Template, list[Candidate]] = defaultdict(list)
@@ -278,43 +301,6 @@ def _mutual(
     kept = {}
     for options in by_entry.values():
         options.sort(key=lambda o: _strength(o, votes), reverse=True)
-        if len(options) == 1 or _strength(options[0], votes) > _strength(options[1], votes):
+        if not any(_as_likely(options[0], other, votes, lexicon) for other in options[1:]):
             kept[options[0].key] = options[0]
     return kept
-
-
-def _together(chosen: dict[Template, Candidate], keys: Side, entries: Side) -> dict[Template, Candidate]:
-    """Siblings go together: a pair is dropped where most tensors around it, on either side, went to another place."""
-    images: tuple[dict[Path, Counter[Path]], ...] = (defaultdict(Counter), defaultdict(Counter))
-    voters: tuple[Counter[Path], ...] = (Counter(), Counter())
-    for option in chosen.values():
-        for a, b in corresponding(option.key, option.entry, keys, entries):
-            images[0][a][b] += 1
-            images[1][b][a] += 1
-        for side, path in enumerate((option.key.path, option.entry.path)):
-            voters[side].update(path[:depth] for depth in range(1, len(path)))
-    kept = {}
-    for key, option in chosen.items():
-        a, b = option.key.path, option.entry.path
-        if all(_goes_along(x, y, images[side], voters[side]) for side, x, y in ((0, a, b), (1, b, a))):
-            kept[key] = option
-    return kept
-
-
-def corresponding(key: Template, entry: Template, keys: Side, entries: Side) -> Iterator[Place]:
-    """The nodes above two templates below which their names have the same words."""
-    there: dict[Bag, list[int]] = defaultdict(list)
-    for depth, words in enumerate(entries.tails[entry]):
-        there[words].append(depth)
-    for depth, words in enumerate(keys.tails[key]):
-        for other in there.get(words, ()):
-            yield key.path[:depth], entry.path[:other]
-
-
-def _goes_along(path: Path, other: Path, images: dict[Path, Counter[Path]], voters: Counter[Path]) -> bool:
-    for depth in range(1, len(path)):
-        node = path[:depth]
-        usual = [image for image, count in images[node].items() if 2 * count > voters[node]]
-        if usual and voters[node] > 1 and all(other[: len(image)] != image for image in usual):
-            return False
-    return True

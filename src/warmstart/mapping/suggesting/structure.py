@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from warmstart.mapping.suggesting.items import LEAVES, items_of
 from warmstart.mapping.suggesting.judging import judged
 from warmstart.mapping.suggesting.linking import Link, Linker, Twins
-from warmstart.mapping.suggesting.matching import Candidate, Side, corresponding
+from warmstart.mapping.suggesting.matching import Candidate, Side
+from warmstart.mapping.suggesting.siblings import corresponding
 from warmstart.mapping.suggesting.templates import Path, Place, Template
 from warmstart.mapping.suggesting.vocabulary import PHRASES
 

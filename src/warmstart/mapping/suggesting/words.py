@@ -44,9 +44,15 @@ class Lexicon:
         return known
 
     def content(self, segment: str) -> tuple[str, ...]:
-        """The words of a segment that say something: without fillers (of `layers.#` and `fc1`, `#` and `1` are left)."""
+        """The words of a segment that say something: without fillers (of `layers.#` and `fc1`, `#` and `1` are left).
+
+        Several fillers say something together: `H_module` and `L_module` are two towers.
+        """
         words = self.segment(segment)
-        return tuple(w for w in words if w not in FILLERS) if self.vocabulary else words
+        if not self.vocabulary:
+            return words
+        telling = tuple(w for w in words if w not in FILLERS)
+        return telling if telling or len(words) == 1 else words
 
     def _read(self, segment: str) -> list[str]:
         if len(segment) > _LONGEST:
