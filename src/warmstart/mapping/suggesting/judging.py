@@ -12,6 +12,7 @@ from warmstart.mapping.suggesting.matching import Candidate, Side
 from warmstart.mapping.suggesting.siblings import Siblings
 from warmstart.mapping.suggesting.spelling import spelled_alike
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
+from warmstart.mapping.suggesting.vocabulary import APART
 
 _MISSING = 0.03  # share of one side's templates without a partner up to which the other is taken to have them all
 _SUPPORT = 3  # names that must differ by the same words before these say nothing
@@ -62,7 +63,7 @@ def judged(
         ):
             sure.add(link)
             continue
-        if not (closed and link.evidence) or link.doubted or owned:
+        if not (closed and link.evidence) or link.doubted or owned or (a & APART and b & APART):
             continue
         row = any(
             len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})

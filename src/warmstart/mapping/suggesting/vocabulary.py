@@ -90,6 +90,9 @@ FILLERS: Mapping[str, str] = {
     "self": "self-attention is attention", "module": "a wrapper", "param": "a container", "net": "a container",
 }  # fmt: skip
 
+# The maps of one attention, by their first spellings: whatever is missing beside them, one is never another.
+APART = frozenset({"query", "key", "value", "kv", "qkv", "output"})
+
 
 @dataclass(frozen=True, slots=True)
 class Phrase:
