@@ -117,21 +117,20 @@ def test_what_one_rank_finds_is_the_same_error_on_all_and_nothing_is_written(tab
 
 
 MIDWAY = {
-    "rank_raises_midway": (["a.weight", "a.bias"], "midway"),
-    "disk_error_on_one_shard": (["a.weight", "a.bias", "b.weight", "b.bias"], "model-00002-of-00002.safetensors: had"),
+    "rank_raises_midway": "midway",
+    "disk_error_on_one_shard": "model-00002-of-00002.safetensors: had",
 }
 
 
-@pytest.mark.parametrize("name", MIDWAY)
-def test_a_fault_midway_fails_the_run_on_all(table, name):
-    written, words = MIDWAY[name]
+@pytest.mark.parametrize(("name", "words"), MIDWAY.items())
+def test_a_fault_midway_fails_the_run_on_all(table, name, words):
     for seen in table[name]:
         assert seen["type"] == "CheckpointError", seen
         assert seen["message"].startswith("on rank 1 of 4: ")
         assert words in seen["message"]
         assert "the model is half loaded" in seen["message"]
         assert seen["message"] == table[name][0]["message"]
-        assert seen["written"] == written
+        assert seen["written"] == []  # small entries wait for one another; other ranks may have written theirs
         assert seen["status"] == "failed"
 
 

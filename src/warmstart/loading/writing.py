@@ -14,6 +14,7 @@ from warmstart.errors import CheckpointError, VerificationError
 from warmstart.loading.agreement import raised_on_all
 from warmstart.loading.inert import inert_adapters
 from warmstart.loading.materialising import materialise, needs_memory, on_meta
+from warmstart.loading.meeting import Ranks
 from warmstart.loading.moving import Mover, is_plain
 from warmstart.loading.preflight import preflight
 from warmstart.loading.relaying import in_step
@@ -92,13 +93,14 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
         error.report = result
         raise
     except Exception as error:
-        if not begun and not mover.begun and not done:
-            raise
+        if not begun and not mover.begun and not done and Ranks.of(group) is None:
+            raise  # the model is untouched, and on other ranks there is none
         total = sum(1 for _ in written(plan))
         names = ", ".join(printable(name) for name in done[:8]) + (", ..." if len(done) > 8 else "")
+        names = f" ({names})" if names else ""
         state = "half loaded" if len(done) < total else "loaded but not verified"
         raise CheckpointError(
-            f"{error}\n{len(done)} of {total} entries had been written by then ({names}); the model is {state}: build it again "
+            f"{error}\n{len(done)} of {total} entries had been written by then{names}; the model is {state}: build it again "
             "before you go on",
             written=tuple(done),
             report=result,
