@@ -255,7 +255,7 @@ def run_cell(engine: str, name: str, path: Path) -> tuple[dict[str, Any], dict[s
         "trains": sorted(k.removeprefix("module.") for k, p in model.named_parameters() if p.requires_grad),
         "tied": len({id(p) for k, p in entries if k.endswith(("embed.weight", "head.weight"))}) == 1,
         "coverage": report.plan.coverage,
-        "missing": list(report.plan.missing),
+        "missing": [name.removeprefix("module.") for name in report.plan.missing],
         "notes": [str(note) for note in report.notes],
     }
     if report.frozen is not None:
