@@ -468,3 +468,27 @@ def test_a_norm_on_embeddings_is_not_the_last_norm_of_a_stack(suggest, missing):
     keys["net._embedding.token_embedding.weight"] = entries["decoder.embed_tokens.weight"] = (100, D)
     truth |= {name: name for name in keys if name.startswith("encoder.")}
     assert not wrong(suggest(keys, entries), truth)
+
+
+def test_beside_names_that_are_kept_an_extra_word_is_another_tensor(suggest):
+    """`output_gate` is not `out_proj` where all that lies beside it has one name on both sides."""
+    parts = {"self_attn.qkv_proj.weight": (3 * D, D), "mlp.up.weight": (F, D), "norm.weight": (D,)}
+    keys = layers("layers.{}", parts | {"self_attn.out_proj.weight": (D, D)}, range(6)) | {"embed.weight": (50, D)}
+    entries = layers("layers.{}", parts | {"self_attn.output_gate.weight": (D, D)}, range(6)) | {
+        "embed.weight": (50, D)
+    }
+    assert not wrong(suggest(keys, entries), {name: name for name in keys})
+
+
+def test_the_word_of_a_module_that_the_other_side_says_elsewhere_is_not_spare(suggest):
+    """`encoder.layer_norm` is not `tower.adapter.norm`: the checkpoint has an adapter, by another path."""
+    parts = {"fc1.weight": (F, D), "fc2.weight": (D, F), "norm1.weight": (D,), "norm1.bias": (D,)}
+    keys = layers("audio.encoder.layers.{}", parts, range(12)) | {"audio.encoder.layer_norm.weight": (7,)}
+    keys |= {"audio_adapter.proj.0.weight": (7,), "audio_adapter.proj.1.weight": (9, 7)}
+    entries = layers("tower.layers.{}", parts, range(12))
+    entries |= {"tower.adapter.norm.weight": (7,), "tower.adapter.fc1.weight": (9, 7)}
+    truth = {e: f"audio.encoder.{e.removeprefix('tower.')}" for e in entries if "layers" in e} | {
+        "tower.adapter.norm.weight": "audio_adapter.proj.0.weight",
+        "tower.adapter.fc1.weight": "audio_adapter.proj.1.weight",
+    }
+    assert not wrong(suggest(keys, entries), truth)

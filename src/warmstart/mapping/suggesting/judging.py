@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from warmstart.mapping.derivations import Shape
-from warmstart.mapping.suggesting.items import LEAVES, matched
+from warmstart.mapping.suggesting.items import LEAVES, Item, matched
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
 from warmstart.mapping.suggesting.matching import Candidate, Side
 from warmstart.mapping.suggesting.siblings import Siblings
@@ -72,10 +72,15 @@ def judged(
         a, b = _unexplained(link, keys, entries)
         known_there = any(entries.says(_around(link.entry.path, link.place[1]), w, link.entry) for w in a)
         known_here = any(keys.says(_around(link.key.path, link.place[0]), w, link.key) for w in b)
-        known = known_there or known_here
-        stranger = all(link.extra) and siblings.keep_names(link.key.path, link.entry.path)
+        known = (
+            known_there
+            or known_here
+            or any(w in entries.words for w in _above(a, link.key, keys))
+            or any(w in keys.words for w in _above(b, link.entry, entries))
+        )
+        stranger = siblings.keep_names(link.key.path, link.entry.path)
         if (
-            (some and not (a and b) and not known)
+            (some and not (a and b) and not known and not stranger)
             or (not (some and known) and spelled_alike(a, b))
             or (some and len(affixes[link.extra]) > 1 and not (known_there and known_here))
             or (
@@ -104,6 +109,11 @@ def _unexplained(link: Link, keys: Side, entries: Side) -> Extra:
         said = {word for segment in other.path for word in side.lexicon.content(segment)}
         out.append(words - LEAVES - said)
     return out[0], out[1]
+
+
+def _above(words: frozenset[str], item: Item, side: Side) -> frozenset[str]:
+    """Words that name a module around an item: wherever the other side says one, it may be that module."""
+    return words - set(side.lexicon.content(item.path[-1]))
 
 
 def _both_own(link: Link, keys: Side, entries: Side) -> bool:
