@@ -28,6 +28,9 @@ NEEDS = {
 UNRUN: dict[str, int] = {}
 
 
+ENV = {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", "PYTHONPATH": str(snippets.ROOT / "examples")}
+
+
 def name(page: Path) -> str:
     return str(page.relative_to(snippets.ROOT))
 
@@ -40,7 +43,7 @@ def test_the_snippets_of_a_page_run_in_order(page, tmp_path):
         pytest.importorskip(module)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", snippets.__file__, page],
-        cwd=tmp_path, env=os.environ | {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg"}, capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | ENV, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     wrong = json.loads(done.stdout.splitlines()[-1])
