@@ -409,9 +409,11 @@ def test_two_modules_of_one_shape_keep_their_own_tensors(suggest):
 
 def test_what_the_path_says_needs_no_word_of_its_own(suggest):
     """`self_attn.sinks` is `self_attn.attention_sink_bias`, and a slip of spelling is no other word."""
-    rest = {"self_attn.q_proj.weight": (D, D), "mlp.up_proj.weight": (F, D), "norm.weight": (D,)}
-    keys = layers("layers.{}", rest | {"self_attn.attention_sink_bias": (3,)}, range(4)) | {"view_seperator": (11,)}
-    entries = layers("layers.{}", rest | {"self_attn.sinks": (3,)}, range(4)) | {"view_separator": (11,)}
+    rest = {"mlp.up_proj.weight": (F, D), "norm.weight": (D,)}
+    theirs = rest | {"self_attn.query.weight": (D, D), "self_attn.attention_sink_bias": (3,)}
+    ours = rest | {"self_attn.q_proj.weight": (D, D), "self_attn.sinks": (3,)}
+    keys = layers("layers.{}", theirs, range(4)) | {"view_seperator": (11,)}
+    entries = layers("layers.{}", ours, range(4)) | {"view_separator": (11,)}
     suggestion = suggest(keys, entries)
     assert suggestion.mapping["layers.2.self_attn.sinks"] == ("layers.2.self_attn.attention_sink_bias",)
     assert suggestion.mapping["view_separator"] == ("view_seperator",)
