@@ -262,8 +262,8 @@ def test_two_write_two_parts(make_trainer, plain_source):
 
 def test_two_that_write_the_same_are_refused(make_trainer, plain_source):
     other = Plain().encoder.state_dict()
+    second = WarmStartCallback(other, into="encoder", name="second")
     with pytest.raises(MappingError, match="two warm starts write 9 of the same entries"):
-        second = WarmStartCallback(other, into="encoder", name="second")
         make_trainer(Plain(), WarmStartCallback(plain_source, into="encoder"), second)
 
 
