@@ -78,7 +78,7 @@ def judged(
             or any(w in entries.words for w in _above(a, link.key, keys))
             or any(w in keys.words for w in _above(b, link.entry, entries))
         )
-        stranger = siblings.keep_names(link.key.path, link.entry.path)
+        stranger = bool(a or b) and siblings.keep_names(link.key.path, link.entry.path)
         if (
             (some and not (a and b) and not known and not stranger)
             or (not (some and known) and spelled_alike(a, b))
