@@ -215,7 +215,15 @@ def _fsdp_type() -> type | None:
 
 def _fsdp_modules(model: nn.Module) -> list[nn.Module]:
     kind = _fsdp_type()
-    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+    if kind is None:
+        return []
+    found: dict[nn.Module, None] = {}
+    left = [model]
+    while left:  # `modules()` recurses, once a level
+        if (module := left.pop()) not in found:
+            found[module] = None
+            left += [child for child in module._modules.values() if child is not None]
+    return [module for module in found if isinstance(module, kind)]
 
 
 def is_partition(tensor: Tensor) -> bool:
