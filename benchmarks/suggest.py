@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from warmstart import Checkpoint, MappingError, Pretrained, TensorInfo
-from warmstart.mapping.names import infer_prefix
-from warmstart.mapping.suffixes import match_suffixes
+from warmstart.mapping.model.names import infer_prefix
+from warmstart.mapping.planning.suffixes import match_suffixes
 from warmstart.mapping.suggesting.suggesting import suggest_rules
 
 SPLIT_SEED = 21

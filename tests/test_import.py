@@ -48,7 +48,7 @@ def test_inspecting_a_file_imports_neither_its_planning_nor_the_readers_of_other
     modules = done.stdout.splitlines()[-1].split()
     assert "warmstart.checkpoints.safetensors_file" in modules
     assert [m for m in modules if m.startswith(("warmstart.loading", "warmstart.rendering"))] == []
-    assert {"warmstart.mapping.planning", "warmstart.checkpoints.numpy_file", "warmstart.checkpoints.remote.urls",
+    assert {"warmstart.mapping.planning.planning", "warmstart.checkpoints.numpy_file", "warmstart.checkpoints.remote.urls",
             "warmstart.checkpoints.hdf5.keras_file", "warmstart.checkpoints.torch_files.dcp"}.isdisjoint(modules)  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 from warmstart import Report
 from warmstart.lifecycle import Lifecycle
 from warmstart.loading.agreement import raised_on_all
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.plan.plan import Plan
 from warmstart.outcome import Status
 from warmstart_accelerate.absent import AbsentReport
 from warmstart_accelerate.hooks import FirstForward

@@ -13,7 +13,7 @@ import numpy as np
 from accelerate.tracking import GeneralTracker
 
 from warmstart import Report
-from warmstart.mapping.table import rows
+from warmstart.mapping.plan.table import rows
 
 
 def log_report(report: Report, trackers: Sequence[GeneralTracker]) -> None:

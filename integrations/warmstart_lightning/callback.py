@@ -26,7 +26,7 @@ from warmstart import MappingError, Pretrained, PretrainedFields, Report, Timing
 from warmstart.api import Sources
 from warmstart.freezing import Frozen, Held
 from warmstart.lifecycle import Lifecycle, OnFreezeChange, UnfreezeUnit
-from warmstart.mapping.plan import Verify
+from warmstart.mapping.plan.plan import Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_lightning.loggers import log_drift, log_lineage, log_report, save_report, tell

@@ -28,7 +28,7 @@ from warmstart.api import Sources
 from warmstart.freezing import Held
 from warmstart.lifecycle import OnFreezeChange, UnfreezeUnit
 from warmstart.loading.agreement import raised_on_all
-from warmstart.mapping.plan import Verify
+from warmstart.mapping.plan.plan import Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_transformers.model_card import add_ancestor

@@ -18,7 +18,10 @@ except ModuleNotFoundError as error:
 
 from warmstart import MappingError, PretrainedFields
 from warmstart.mapping.conversions.conversion import Conversion
-from warmstart.mapping.conversions.ops import Concat, Op, RopePermute, Split, Stack, Transpose
+from warmstart.mapping.conversions.ops.base import Op
+from warmstart.mapping.conversions.ops.joining import Concat, Split
+from warmstart.mapping.conversions.ops.layout import RopePermute, Transpose
+from warmstart.mapping.conversions.ops.stacking import Stack
 
 # The library's `WeightTransform` and `ConversionOps`, which its releases before 5 do not have.
 Transform: TypeAlias = Any

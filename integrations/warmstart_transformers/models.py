@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from warmstart import MappingError, Plan, Pretrained, Report, api
 from warmstart.lifecycle import Lifecycle
-from warmstart.mapping.names import strip
+from warmstart.mapping.model.names import strip
 
 
 class ModelLifecycle(Lifecycle):

@@ -29,18 +29,11 @@ if TYPE_CHECKING:
     from warmstart.mapping.adapters.rows import MapRows
     from warmstart.mapping.buckets import Assignment, Mismatch
     from warmstart.mapping.conversions.conversion import Conversion
-    from warmstart.mapping.conversions.ops import (
-        Apply,
-        Concat,
-        Permute,
-        Reshape,
-        RopePermute,
-        Split,
-        Stack,
-        Transpose,
-        Unstack,
-    )
-    from warmstart.mapping.plan import Plan
+    from warmstart.mapping.conversions.ops.applying import Apply
+    from warmstart.mapping.conversions.ops.joining import Concat, Split
+    from warmstart.mapping.conversions.ops.layout import Permute, Reshape, RopePermute, Transpose
+    from warmstart.mapping.conversions.ops.stacking import Stack, Unstack
+    from warmstart.mapping.plan.plan import Plan
     from warmstart.mapping.pretrained import Pretrained, PretrainedFields
     from warmstart.mapping.suggesting.suggestion import Suggestion
     from warmstart.optimizer_groups import param_groups
@@ -117,18 +110,22 @@ _HOMES = {
     "mapping.adapters.rows": ("MapRows",),
     "mapping.buckets": ("Assignment", "Mismatch"),
     "mapping.conversions.conversion": ("Conversion",),
-    "mapping.conversions.ops": (
-        "Apply",
+    "mapping.conversions.ops.applying": ("Apply",),
+    "mapping.conversions.ops.joining": (
         "Concat",
+        "Split",
+    ),
+    "mapping.conversions.ops.layout": (
         "Permute",
         "Reshape",
         "RopePermute",
-        "Split",
-        "Stack",
         "Transpose",
+    ),
+    "mapping.conversions.ops.stacking": (
+        "Stack",
         "Unstack",
     ),
-    "mapping.plan": ("Plan",),
+    "mapping.plan.plan": ("Plan",),
     "mapping.pretrained": ("Pretrained", "PretrainedFields"),
     "mapping.suggesting.suggestion": ("Suggestion",),
     "optimizer_groups": ("param_groups",),

@@ -21,13 +21,13 @@ from warmstart.lineage import lineage
 from warmstart.loading.agreement import agree, failing_on_all, raised_on_all
 from warmstart.loading.relaying import relayed, shared_reading
 from warmstart.loading.writing import Written, write
-from warmstart.mapping.lock import compare
-from warmstart.mapping.plan import Plan, Read, Verify
-from warmstart.mapping.planning import make_plan
+from warmstart.mapping.model.targets import Targets
+from warmstart.mapping.plan.lock import compare
+from warmstart.mapping.plan.plan import Plan, Read, Verify
+from warmstart.mapping.planning.planning import make_plan
 from warmstart.mapping.pretrained import Pretrained, PretrainedFields, Source, as_parts
 from warmstart.mapping.sources import open_source
 from warmstart.mapping.suggesting.suggestion import Suggestion
-from warmstart.mapping.targets import Targets
 from warmstart.patterns import Patterns
 from warmstart.report import Report
 from warmstart.version import __version__

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from warmstart.errors import CheckpointError
 from warmstart.loading.values import Values, written
-from warmstart.mapping.targets import Live, Target
+from warmstart.mapping.model.targets import Live, Target
 from warmstart.outcome import Outcome
 from warmstart.shards import is_sharded, shard_of
 from warmstart.tensors import sample

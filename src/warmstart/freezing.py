@@ -14,7 +14,7 @@ from warmstart.errors import FrozenChangedError, MappingError, TimingError
 from warmstart.held_rows import HeldRows
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import did_you_mean
-from warmstart.mapping.targets import Live, Target, Targets
+from warmstart.mapping.model.targets import Live, Target, Targets
 from warmstart.patterns import Patterns, PatternSet
 from warmstart.shards import gathered, is_sharded, local_of
 from warmstart.tensors import digest, sample

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from warmstart.errors import MappingError
-from warmstart.mapping.names import join
+from warmstart.mapping.model.names import join
 
 
 @dataclass(frozen=True, slots=True)

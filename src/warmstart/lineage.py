@@ -14,12 +14,12 @@ import torch
 
 from warmstart.checkpoints import jsons
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.leaves import MappedFile
+from warmstart.checkpoints.files import MappedFile
 from warmstart.errors import CheckpointError
 from warmstart.locations import public
 
 if TYPE_CHECKING:
-    from warmstart.mapping.plan import Plan
+    from warmstart.mapping.plan.plan import Plan
     from warmstart.mapping.pretrained import Pretrained
 
 METADATA_KEY: Final = "warmstart_lineage"

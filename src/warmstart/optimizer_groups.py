@@ -10,8 +10,8 @@ from torch import nn
 from warmstart.errors import MappingError
 from warmstart.layers import layers_above
 from warmstart.mapping.hints import did_you_mean
-from warmstart.mapping.names import without_wrappers, wrapped_child
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.model.names import without_wrappers, wrapped_child
+from warmstart.mapping.plan.plan import Plan
 from warmstart.outcome import Outcome
 from warmstart.patterns import Patterns, PatternSet
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from warmstart.freezing import Frozen
 from warmstart.loading.writing import Written
-from warmstart.mapping.plan import Plan, Verify
+from warmstart.mapping.plan.plan import Plan, Verify
 
 Status = Literal["pending", "applied", "failed", "superseded-by-resume", "already-applied"]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from warmstart.loading.verifying import Difference, differences, raise_differences
 from warmstart.mapping.buckets import Assignment, Mismatch
-from warmstart.mapping.plan import Verify
+from warmstart.mapping.plan.plan import Verify
 from warmstart.outcome import Outcome
 from warmstart.rendering import text as rendering
 from warmstart.rendering.files import write_whole

@@ -69,7 +69,11 @@ class Custom:
         return (Custom, ())
 
 
-@pytest.mark.parametrize("beside", [argparse.Namespace(lr=0.1), Custom(), [Custom(), {"deep": Custom()}]], ids=["namespace", "own class", "nested"])
+@pytest.mark.parametrize(
+    "beside",
+    [argparse.Namespace(lr=0.1), Custom(), [Custom(), {"deep": Custom()}]],
+    ids=["namespace", "own class", "nested"],
+)
 @pytest.mark.parametrize("trust", [False, True])
 def test_ti_1_ti_2_ti_3_objects_beside_the_weights_are_not_built_unless_trusted(beside, trust, tmp_path):
     source, model = nn.Sequential(OrderedDict(layer=nn.Linear(2, 2))), nn.Sequential(OrderedDict(layer=nn.Linear(2, 2)))

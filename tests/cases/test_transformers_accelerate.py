@@ -8,7 +8,7 @@ from torch import nn
 
 import warmstart
 from warmstart import MappingError
-from warmstart.mapping.renames import Renamer
+from warmstart.mapping.planning.renames import Renamer
 
 HF_1 = {
     r"model\.layers\.[^.]+\.mlp\.gate_up_proj\.weight": "first",

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from warmstart.checkpoints.files import MappedFile
 from warmstart.checkpoints.hdf5 import hdf5_chunks, keras_file
 from warmstart.checkpoints.hdf5.keras_file import open_h5
-from warmstart.checkpoints.leaves import MappedFile
 from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.errors import CheckpointError
 from warmstart.tensors import same_bits

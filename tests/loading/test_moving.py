@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import warmstart
-from warmstart.checkpoints.leaves import MappedFile
+from warmstart.checkpoints.files import MappedFile
 from warmstart.errors import CheckpointError
 from warmstart.loading import moving
 from warmstart.loading.moving import Mover

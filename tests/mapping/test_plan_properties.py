@@ -30,8 +30,9 @@ from warmstart import (
     Transpose,
     Unstack,
 )
-from warmstart.checkpoints.base import Checkpoint, FileStamp, TensorInfo
-from warmstart.mapping.names import WRAPPER_SEGMENTS
+from warmstart.checkpoints.base import Checkpoint, TensorInfo
+from warmstart.checkpoints.files import FileStamp
+from warmstart.mapping.model.names import WRAPPER_SEGMENTS
 from warmstart.tensors import same_bits
 
 some = settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

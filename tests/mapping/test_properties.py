@@ -17,8 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 import warmstart
 from warmstart import Pretrained
 from warmstart.checkpoints.base import Checkpoint, TensorInfo
-from warmstart.mapping.names import WRAPPER_SEGMENTS, without_wrappers
-from warmstart.mapping.renames import Renamer
+from warmstart.mapping.model.names import WRAPPER_SEGMENTS, without_wrappers
+from warmstart.mapping.planning.renames import Renamer
 
 Shapes = dict[str, tuple[int, ...]]
 hundreds = settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])

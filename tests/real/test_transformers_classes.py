@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import warmstart
-from warmstart.mapping.names import WRAPPER_SEGMENTS
+from warmstart.mapping.model.names import WRAPPER_SEGMENTS
 from warmstart.tensors import same_bits
 
 pytestmark = pytest.mark.slow

@@ -24,8 +24,8 @@ import torch
 
 import warmstart
 from warmstart.checkpoints.base import Checkpoint
+from warmstart.checkpoints.files import MappedFile
 from warmstart.checkpoints.hdf5 import keras_file
-from warmstart.checkpoints.leaves import MappedFile
 from warmstart.checkpoints.opening import open_checkpoint
 from warmstart.checkpoints.windows import Window
 from warmstart.errors import CheckpointError

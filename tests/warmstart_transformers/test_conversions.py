@@ -23,7 +23,7 @@ from transformers.models.auto import modeling_auto
 
 import warmstart
 from warmstart import MappingError
-from warmstart.mapping.renames import Renamer
+from warmstart.mapping.planning.renames import Renamer
 from warmstart_transformers import conversion_rules
 
 TABLE = sorted(conversion_mapping._build_checkpoint_conversion_mapping())

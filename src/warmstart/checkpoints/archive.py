@@ -7,8 +7,9 @@ import zlib
 from dataclasses import dataclass
 from typing import Final
 
-from warmstart.checkpoints.leaves import MappedFile, shown
+from warmstart.checkpoints.files import MappedFile
 from warmstart.errors import CheckpointError
+from warmstart.showing import shown
 
 STORED: Final = 0
 DEFLATED: Final = 8

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from warmstart.checkpoints.base import Checkpoint, Index, TensorInfo
-from warmstart.checkpoints.leaves import counted, listed
 from warmstart.checkpoints.opening import Source, open_checkpoint
 from warmstart.errors import CheckpointError
+from warmstart.showing import counted, listed
 from warmstart.tensors import same_bits
 
 MAX_SHOWN = 8

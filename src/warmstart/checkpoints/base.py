@@ -6,17 +6,13 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import EllipsisType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from warmstart.checkpoints.files import FileStamp, MappedFile
 from warmstart.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from warmstart.checkpoints.leaves import MappedFile
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
@@ -48,20 +44,6 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes of the tensor's elements."""
         return self.numel * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class FileStamp:
-    """One file of a source as it was when it was opened."""
-
-    path: Path
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileStamp:
-        stat = path.stat()
-        return cls(path, stat.st_size, stat.st_mtime_ns)
 
 
 class Checkpoint(ABC):

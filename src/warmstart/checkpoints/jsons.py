@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from warmstart.checkpoints.leaves import shown
+from warmstart.showing import shown
 
 BUDGET: Final = 160 << 20
 

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import math
-import mmap
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from warmstart.checkpoints.base import Checkpoint, FileStamp, Index, TensorInfo
-from warmstart.errors import CheckpointError
-from warmstart.showing import printable
+from warmstart.checkpoints.base import Checkpoint, Index, TensorInfo
+from warmstart.checkpoints.files import FileStamp, MappedFile
 
 MAX_DIMS = 64
 OVERLAP_LIMIT = 64 << 20
-
-
-def shown(name: object, limit: int = 100) -> str:
-    """A name as a message may show it: quoted, escaped, and cut where it is long."""
-    text = name if isinstance(name, str) else str(name) if type(name) in {int, float} else type(name).__name__
-    return f"'{printable(text, limit)}'"
-
-
-def counted(count: int, noun: str) -> str:
-    plural = noun + "es" if noun.endswith("s") else noun + "s"
-    return f"{count:,} {noun if count == 1 else plural}"
-
-
-def listed(names: Sequence[str], limit: int = 3) -> str:
-    text = ", ".join(shown(name, 60) for name in names[:limit])
-    return text + (", ..." if len(names) > limit else "")
 
 
 class Leaf(Protocol):
@@ -55,61 +34,6 @@ class ByteSource(Protocol):
 
     def take(self, start: int, stop: int, alignment: int) -> Tensor:
         """The bytes as a flat uint8 tensor whose address is a multiple of `alignment`."""
-
-
-class MappedFile:
-    """A file mapped into memory. The mapping is private: nothing that is written to it reaches the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            self.stamp = FileStamp(path, stat.st_size, stat.st_mtime_ns)
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.size = len(self.map)
-
-    @property
-    def address(self) -> int:
-        """Where the mapping starts in memory."""
-        with torch.device("cpu"):
-            return torch.frombuffer(self.map, dtype=torch.uint8, count=1).data_ptr()
-
-    def check(self) -> None:
-        # Touching a page beyond the end of a file that shrank kills the process.
-        now = self.map.size()
-        if now < self.size:
-            raise CheckpointError(
-                f"{self.path}: had {self.size:,} bytes when it was opened and has {now:,} now; "
-                "something is rewriting it: open it again when that is done"
-            )
-
-    def again(self) -> MappedFile:
-        """The same file mapped once more: what is written to one mapping is not seen in the other.
-
-        Raises:
-            CheckpointError: Another file has taken its place.
-        """
-        other = MappedFile(self.path)
-        if other.stamp != self.stamp:
-            raise CheckpointError(f"{self.path}: was replaced or written to after it was opened; open it again")
-        return other
-
-    @contextmanager
-    def scattered(self) -> Iterator[None]:
-        """While a few bytes here and there are read: reading ahead would fetch most of the file for its headers."""
-        if not hasattr(mmap, "MADV_RANDOM"):
-            yield
-            return
-        self.map.madvise(mmap.MADV_RANDOM)
-        try:
-            yield
-        finally:
-            self.map.madvise(mmap.MADV_NORMAL)
-
-    def take(self, start: int, stop: int, alignment: int) -> Tensor:
-        self.check()
-        raw = torch.frombuffer(self.map, dtype=torch.uint8, count=stop - start, offset=start)
-        return raw.clone() if start % alignment else raw
 
 
 class HeldBytes:

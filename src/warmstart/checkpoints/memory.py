@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from warmstart.checkpoints.base import FileStamp, Index, TensorInfo
-from warmstart.checkpoints.leaves import Leaf, LeafCheckpoint, TensorLeaf, listed, shown
+from warmstart.checkpoints.base import Index, TensorInfo
+from warmstart.checkpoints.files import FileStamp
+from warmstart.checkpoints.leaves import Leaf, LeafCheckpoint, TensorLeaf
 from warmstart.checkpoints.pickled.refs import ML_DTYPES, numpy_code, torch_dtype, why_not
 from warmstart.checkpoints.trees import take_tree
 from warmstart.errors import CheckpointError
 from warmstart.shards import is_sharded
+from warmstart.showing import listed, shown
 
 
 @dataclass(frozen=True, slots=True, eq=False)

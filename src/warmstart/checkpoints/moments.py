@@ -6,8 +6,8 @@ import re
 from typing import Final
 
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.leaves import counted, listed
 from warmstart.checkpoints.walking import is_optimizer_name
+from warmstart.showing import counted, listed
 
 _MOMENT: Final = re.compile(r"(.+)[./](?:exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer)", re.DOTALL)
 

@@ -13,16 +13,14 @@ from torch import Tensor
 
 from warmstart.checkpoints.archive import DEFLATED, STORED, Member, inflate
 from warmstart.checkpoints.base import Index, TensorInfo
+from warmstart.checkpoints.files import MappedFile
 from warmstart.checkpoints.leaves import (
     MAX_DIMS,
     Leaf,
     LeafCheckpoint,
-    MappedFile,
     StridedLeaf,
     column_major,
-    listed,
     row_major,
-    shown,
     unfolds_too_far,
 )
 from warmstart.checkpoints.pickled import pickles
@@ -31,6 +29,7 @@ from warmstart.checkpoints.pickled.refs import ArrayRef, OrderedDictRef, Storage
 from warmstart.checkpoints.signatures import NPY
 from warmstart.checkpoints.torch_files.torch_legacy import storage_from_bytes
 from warmstart.errors import CheckpointError
+from warmstart.showing import listed, shown
 
 MAX_HEADER: Final = 10_000
 MAX_PICKLE: Final = 64 << 20

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from warmstart.checkpoints.base import Checkpoint
+from warmstart.checkpoints.files import MappedFile
 from warmstart.checkpoints.folders.sharded import INDEX_SUFFIX, MAX_INDEX, open_sharded
-from warmstart.checkpoints.leaves import MappedFile, shown
 from warmstart.checkpoints.moments import leave_moments
 from warmstart.checkpoints.places import has_scheme, hub_place, record_snapshot
 from warmstart.checkpoints.refusals import refuse_engine_file, refuse_placeholders
 from warmstart.checkpoints.signatures import DCP_METADATA, H5, KERAS_MEMBER, NPY, TORCH_LEGACY, ZIP
 from warmstart.checkpoints.tensorflow import refuse_tensorflow
 from warmstart.errors import CheckpointError
+from warmstart.showing import shown
 
 if TYPE_CHECKING:
     from warmstart.checkpoints.archive import Member

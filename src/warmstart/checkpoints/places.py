@@ -10,8 +10,8 @@ from typing import Final
 from urllib.parse import unquote
 
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.leaves import shown
 from warmstart.errors import CheckpointError
+from warmstart.showing import shown
 
 # A name that ends like this is a file's, never a model's on the hub.
 FILE_SUFFIXES: Final = (

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.leaves import listed
 from warmstart.errors import CheckpointError
+from warmstart.showing import listed
 
 _ZERO_SHARD: Final = re.compile(r"(bf16_)?zero_pp_rank_\d+_mp_rank_.*\.pt|.*_optim_states\.pt")
 _SLICE: Final = re.compile(r"mp_rank_\d+_model_states\.pt")

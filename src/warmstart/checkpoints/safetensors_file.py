@@ -8,19 +8,18 @@ from typing import Any, Final
 import torch
 
 from warmstart.checkpoints import jsons
+from warmstart.checkpoints.files import MappedFile
 from warmstart.checkpoints.leaves import (
     MAX_DIMS,
     ByteSource,
     Leaf,
     LeafCheckpoint,
-    MappedFile,
     StridedLeaf,
-    counted,
     row_major,
-    shown,
     unfolds_too_far,
 )
 from warmstart.errors import CheckpointError
+from warmstart.showing import counted, shown
 
 MAX_HEADER: Final = 100_000_000
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from warmstart.checkpoints.leaves import MappedFile
+from warmstart.checkpoints.files import MappedFile
 from warmstart.errors import CheckpointError
 
 _DATA: Final = re.compile(r"(.*)\.data-\d{5}-of-\d{5}", re.DOTALL)

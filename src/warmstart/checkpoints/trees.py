@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from warmstart.checkpoints.leaves import counted, listed, shown
 from warmstart.checkpoints.walking import Branch, Raw, Walker, clean_versions, is_optimizer, is_optimizer_name
 from warmstart.errors import CheckpointError
+from warmstart.showing import counted, listed, shown
 
 MAX_NAME_BYTES: Final = 64 << 20
 MAX_SHOWN: Final = 20

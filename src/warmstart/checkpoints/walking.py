@@ -10,9 +10,9 @@ from typing import Any, Final, Literal, Union, cast
 import numpy as np
 from torch import Tensor, nn
 
-from warmstart.checkpoints.leaves import shown
 from warmstart.checkpoints.pickled.refs import ArrayRef, OrderedDictRef, SetRef, StorageRef, Stub, TensorRef, Unreadable
 from warmstart.errors import CheckpointError
+from warmstart.showing import shown
 
 MAX_NODES: Final = 2_000_000
 MAX_OTHERS: Final = 1_000

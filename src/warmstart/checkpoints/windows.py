@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
-from warmstart.checkpoints.leaves import MappedFile
+from warmstart.checkpoints.files import MappedFile
 
 
 class Window(MappedFile):

@@ -22,7 +22,7 @@ from warmstart.cli.writing import checked_size, write_dcp, write_safetensors, wr
 from warmstart.errors import CheckpointError
 from warmstart.lineage import as_metadata, lineage_of_copy
 from warmstart.locations import public
-from warmstart.mapping.names import WRAPPER_SEGMENTS
+from warmstart.mapping.model.names import WRAPPER_SEGMENTS
 from warmstart.version import __version__
 
 _FORMATS = ("safetensors", "sharded", "dcp")

@@ -19,7 +19,7 @@ from warmstart.cli.progress import progress
 from warmstart.cli.ruled import RuledCheckpoint
 from warmstart.locations import public
 from warmstart.mapping.grouping import grouped, listed, printable
-from warmstart.mapping.names import infer_prefix
+from warmstart.mapping.model.names import infer_prefix
 from warmstart.tensors import dtype_name
 
 _ROWS = 40

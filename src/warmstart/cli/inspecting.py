@@ -16,7 +16,7 @@ from warmstart.cli.progress import progress
 from warmstart.lineage import recorded
 from warmstart.locations import public
 from warmstart.mapping.grouping import grouped, printable
-from warmstart.mapping.names import WRAPPER_SEGMENTS
+from warmstart.mapping.model.names import WRAPPER_SEGMENTS
 from warmstart.tensors import dtype_name, non_finite
 
 

@@ -15,8 +15,8 @@ from warmstart.cli.answers import Answer, Exit
 from warmstart.cli.models import HELP, model_of
 from warmstart.cli.parsing import FIELDS, add_rules, sources
 from warmstart.cli.placing import whole_file
-from warmstart.mapping.lock import compare
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.plan.lock import compare
+from warmstart.mapping.plan.plan import Plan
 
 _AS_OPTIONS = """as options: name=["a", "b"] is --name '[a, b]', or name: [a, b] in a file for --config"""
 

@@ -12,8 +12,8 @@ from warmstart.mapping.conversions.converting import convert
 from warmstart.mapping.derivations import Derivation
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.keys import Key
-from warmstart.mapping.part import PartPlan
-from warmstart.mapping.pool import renamed, selected, without_collisions
+from warmstart.mapping.planning.part import PartPlan
+from warmstart.mapping.planning.pool import renamed, selected, without_collisions
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.tensors import dtype_name, non_finite
 

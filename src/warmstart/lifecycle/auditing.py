@@ -9,7 +9,7 @@ from torch import nn
 
 from warmstart.errors import TimingError
 from warmstart.mapping.grouping import listed
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.plan.plan import Plan
 
 
 def refuse_late_freeze(plan: Plan, names: set[str], optimizers: Sequence[torch.optim.Optimizer], fix: str) -> None:

@@ -13,7 +13,7 @@ from warmstart.freezing import Frozen, Held, freeze_entries
 from warmstart.lifecycle.manifest import Freeze, changes, mask
 from warmstart.lifecycle.schedule import Schedule, optional
 from warmstart.mapping.grouping import listed
-from warmstart.mapping.targets import Targets
+from warmstart.mapping.model.targets import Targets
 
 OnFreezeChange = Literal["error", "allow"]
 

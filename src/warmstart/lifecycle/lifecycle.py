@@ -25,11 +25,11 @@ from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
 from warmstart.loading.agreement import all_here, raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
 from warmstart.mapping.grouping import listed
-from warmstart.mapping.lock import frozen_names
-from warmstart.mapping.names import strip
-from warmstart.mapping.plan import Plan, Verify
+from warmstart.mapping.model.names import strip
+from warmstart.mapping.model.targets import Targets
+from warmstart.mapping.plan.lock import frozen_names
+from warmstart.mapping.plan.plan import Plan, Verify
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.mapping.targets import Targets
 from warmstart.patterns import Patterns
 from warmstart.report import Report
 

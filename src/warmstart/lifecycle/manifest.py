@@ -12,7 +12,7 @@ from torch import Tensor
 from warmstart.errors import FrozenChangedError
 from warmstart.freezing import Frozen
 from warmstart.mapping.grouping import listed
-from warmstart.mapping.targets import Target
+from warmstart.mapping.model.targets import Target
 
 Spans = dict[str, list[list[int]]]
 

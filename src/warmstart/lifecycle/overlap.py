@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from warmstart.errors import MappingError
 from warmstart.mapping.grouping import listed
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.plan.plan import Plan
 from warmstart.report import Report
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from warmstart.errors import TimingError
-from warmstart.mapping.targets import Live
+from warmstart.mapping.model.targets import Live
 from warmstart.report import Report
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from warmstart.mapping.names import WRAPPER_SEGMENTS, without_wrappers
+from warmstart.mapping.model.names import WRAPPER_SEGMENTS, without_wrappers
 
 
 class RestoreWatch:

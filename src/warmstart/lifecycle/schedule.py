@@ -8,7 +8,7 @@ from typing import Literal
 
 from warmstart.errors import MappingError
 from warmstart.mapping.hints import did_you_mean
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.plan.plan import Plan
 from warmstart.patterns import Patterns, PatternSet, as_patterns
 
 UnfreezeUnit = Literal["epoch", "step"]

@@ -11,7 +11,7 @@ from warmstart.errors import CheckpointError, MappingError, WarmStartError
 from warmstart.loading.fingerprint import SECTIONS, details, fingerprint
 from warmstart.loading.meeting import Ranks, is_shared
 from warmstart.mapping.grouping import listed
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.plan.plan import Plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

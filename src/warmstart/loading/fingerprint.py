@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.plan.plan import Plan
 from warmstart.tensors import as_words, dtype_name
 
 SECTIONS: Final = ("call", "header", "model", "plan", "bytes")

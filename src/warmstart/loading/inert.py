@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from warmstart.mapping.grouping import printable
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.plan.plan import Plan
 
 _LAST = ("lora_B", "lora_embedding_B")  # zero when LoRA is made, so that it starts as the base
 

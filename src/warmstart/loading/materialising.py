@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from warmstart.mapping.grouping import listed, printable
-from warmstart.mapping.names import join, strip
-from warmstart.mapping.plan import Plan
-from warmstart.mapping.trials import stand_in
+from warmstart.mapping.load_hooks.trials import stand_in
+from warmstart.mapping.model.names import join, strip
+from warmstart.mapping.plan.plan import Plan
 from warmstart.shards import full_shape, is_sharded, mesh_device, same_draws, shard_of
 from warmstart.tensors import same_bits
 

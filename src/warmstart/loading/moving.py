@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from warmstart.checkpoints.leaves import MappedFile
+from warmstart.checkpoints.files import MappedFile
 from warmstart.tensors import wide_words
 
 # Words: below the size from which torch would start threads of its own, and within a core's cache.

@@ -14,8 +14,8 @@ from warmstart.loading.materialising import uninitialisable
 from warmstart.loading.values import Values, as_planned, duplicates, loaded_here, span, written
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.grouping import listed, printable
-from warmstart.mapping.plan import Plan
-from warmstart.mapping.targets import Live
+from warmstart.mapping.model.targets import Live
+from warmstart.mapping.plan.plan import Plan
 from warmstart.shards import Shard, full_shape, is_partition, is_sharded, local_of, shard_of
 from warmstart.tensors import dtype_name, non_finite, range_lost, same_bits
 

@@ -22,7 +22,7 @@ from warmstart.checkpoints.base import Checkpoint, Index, TensorInfo
 from warmstart.errors import MappingError, WarmStartError
 from warmstart.loading.meeting import Ranks, StoppedError, node
 from warmstart.mapping.buckets import Part
-from warmstart.mapping.plan import Plan, R
+from warmstart.mapping.plan.plan import Plan, R
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

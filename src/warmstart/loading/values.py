@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from warmstart.checkpoints.leaves import MappedFile
+from warmstart.checkpoints.files import MappedFile
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.derivations import Derivation
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.plan.plan import Plan
 from warmstart.shards import Region, Shard, local_of
 from warmstart.tensors import digest, same_bits
 

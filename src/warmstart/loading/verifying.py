@@ -12,8 +12,8 @@ from warmstart.loading.masters import is_stale
 from warmstart.loading.moving import Mover, is_plain
 from warmstart.loading.values import Digests, Values, as_planned, together, written
 from warmstart.mapping.grouping import listed, printable
-from warmstart.mapping.plan import Plan, Verify
-from warmstart.mapping.targets import Live
+from warmstart.mapping.model.targets import Live
+from warmstart.mapping.plan.plan import Plan, Verify
 from warmstart.shards import local_of, shard_of
 from warmstart.tensors import bits_lost, non_finite, same_bits, sample
 

@@ -21,7 +21,7 @@ from warmstart.loading.relaying import in_step
 from warmstart.loading.values import Digests, Values, loaded_here, written
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
-from warmstart.mapping.plan import Plan, Verify
+from warmstart.mapping.plan.plan import Plan, Verify
 from warmstart.shards import reshard, shard_of
 
 if TYPE_CHECKING:

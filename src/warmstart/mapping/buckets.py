@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.mapping.adapters.base import Adapter
 from warmstart.mapping.derivations import Derivation, Shape
+from warmstart.mapping.model.targets import Targets
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.mapping.targets import Targets
 
 
 class Mismatch(NamedTuple):

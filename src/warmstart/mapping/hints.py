@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from warmstart.mapping.buckets import Problem
 from warmstart.mapping.grouping import pasteable, printable
-from warmstart.mapping.targets import Targets
+from warmstart.mapping.model.targets import Targets
 from warmstart.patterns import PatternSet, nearest
 
 GUESSES = 8  # rules for which the nearest names are looked up: it costs more than planning itself

@@ -6,7 +6,7 @@ import sys
 from importlib.util import find_spec
 from typing import TextIO
 
-from warmstart.mapping.table import lines, rows
+from warmstart.mapping.plan.table import lines, rows
 from warmstart.outcome import Outcome
 from warmstart.rendering.records import elements, entries
 from warmstart.rendering.replaying import Replay

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from warmstart.mapping.grouping import printable
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.plan.plan import Plan
 from warmstart.outcome import Outcome
 from warmstart.rendering.records import Entry, entries
 from warmstart.rendering.replaying import Replay

@@ -17,7 +17,7 @@ from typing import Any
 from warmstart.lineage import lineage
 from warmstart.mapping.buckets import Problem
 from warmstart.mapping.grouping import printable
-from warmstart.mapping.plan import Plan
+from warmstart.mapping.plan.plan import Plan
 from warmstart.outcome import Outcome
 from warmstart.rendering.files import write_whole
 from warmstart.rendering.records import Entry, Unused, entries, unused

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from warmstart.errors import MappingError
 from warmstart.mapping.buckets import Assignment, Buckets
-from warmstart.mapping.names import join, strip
-from warmstart.mapping.renames import Rename, Renamer
+from warmstart.mapping.model.names import join, strip
+from warmstart.mapping.planning.renames import Rename, Renamer
 from warmstart.patterns import PatternSet, as_patterns
 
 _OF_KEYS = ("select", "allow_unexpected")

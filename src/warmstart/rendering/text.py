@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from warmstart.mapping.grouping import grouped, printable
-from warmstart.mapping.table import lines, rows
+from warmstart.mapping.plan.table import lines, rows
 from warmstart.outcome import Outcome
 
 

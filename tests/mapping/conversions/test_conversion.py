@@ -5,17 +5,10 @@ import torch
 
 from warmstart import MappingError
 from warmstart.mapping.conversions.conversion import Conversion, conversion
-from warmstart.mapping.conversions.ops import (
-    Apply,
-    Concat,
-    Permute,
-    Reshape,
-    RopePermute,
-    Split,
-    Stack,
-    Transpose,
-    Unstack,
-)
+from warmstart.mapping.conversions.ops.applying import Apply
+from warmstart.mapping.conversions.ops.joining import Concat, Split
+from warmstart.mapping.conversions.ops.layout import Permute, Reshape, RopePermute, Transpose
+from warmstart.mapping.conversions.ops.stacking import Stack, Unstack
 from warmstart.mapping.declared import plain
 
 GATE_UP = Conversion(["l.{i}.experts.{e}.w1", "l.{i}.experts.{e}.w3"], "l.{i}.gate_up", [Stack("e", 0), Concat(1)])

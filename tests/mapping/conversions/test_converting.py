@@ -10,17 +10,10 @@ from hypothesis import strategies as st
 
 from warmstart import MappingError
 from warmstart.mapping.conversions.conversion import Conversion
-from warmstart.mapping.conversions.ops import (
-    Apply,
-    Concat,
-    Permute,
-    Reshape,
-    RopePermute,
-    Split,
-    Stack,
-    Transpose,
-    Unstack,
-)
+from warmstart.mapping.conversions.ops.applying import Apply
+from warmstart.mapping.conversions.ops.joining import Concat, Split
+from warmstart.mapping.conversions.ops.layout import Permute, Reshape, RopePermute, Transpose
+from warmstart.mapping.conversions.ops.stacking import Stack, Unstack
 from warmstart.tensors import same_bits
 
 

@@ -11,17 +11,10 @@ from torch import Tensor
 from warmstart import MappingError
 from warmstart.mapping.conversions.conversion import Conversion
 from warmstart.mapping.conversions.converting import convert
-from warmstart.mapping.conversions.ops import (
-    Apply,
-    Concat,
-    Permute,
-    Reshape,
-    RopePermute,
-    Split,
-    Stack,
-    Transpose,
-    Unstack,
-)
+from warmstart.mapping.conversions.ops.applying import Apply
+from warmstart.mapping.conversions.ops.joining import Concat, Split
+from warmstart.mapping.conversions.ops.layout import Permute, Reshape, RopePermute, Transpose
+from warmstart.mapping.conversions.ops.stacking import Stack, Unstack
 from warmstart.mapping.keys import Key
 
 W = torch.arange(24.0).reshape(2, 3, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warmstart.mapping.renames import Renamer
+from warmstart.mapping.planning.renames import Renamer
 from warmstart.mapping.suggesting.rules import renames
 from warmstart.mapping.suggesting.words import INDEX
 

@@ -11,9 +11,9 @@ from typing import Final
 
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.checkpoints.folders.sharded import INDEX_SUFFIX, read_index
-from warmstart.checkpoints.leaves import counted, listed, shown
 from warmstart.checkpoints.refusals import refuse_engine_folder
 from warmstart.errors import CheckpointError
+from warmstart.showing import counted, listed, shown
 
 # What save_pretrained of transformers, diffusers and PEFT writes; the first that is there is preferred.
 _FAMILIES: Final = {

@@ -11,9 +11,9 @@ from typing import Final
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.checkpoints.folders.folder import Choice, choose
 from warmstart.checkpoints.folders.sharded import INDEX_SUFFIX, read_index
-from warmstart.checkpoints.leaves import listed, shown
 from warmstart.checkpoints.places import HubPlace, Snapshot, snapshot_of
 from warmstart.errors import CheckpointError
+from warmstart.showing import listed, shown
 
 _DEFAULT: Final = "main"
 

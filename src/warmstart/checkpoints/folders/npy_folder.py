@@ -8,11 +8,12 @@ from typing import Final
 
 from torch import Tensor
 
-from warmstart.checkpoints.base import Checkpoint, FileStamp, Index, TensorInfo
-from warmstart.checkpoints.leaves import MappedFile, shown
+from warmstart.checkpoints.base import Checkpoint, Index, TensorInfo
+from warmstart.checkpoints.files import FileStamp, MappedFile
 from warmstart.checkpoints.numpy_file import open_npy
 from warmstart.checkpoints.signatures import NPY
 from warmstart.errors import CheckpointError
+from warmstart.showing import shown
 
 MAX_FILES: Final = 100_000
 

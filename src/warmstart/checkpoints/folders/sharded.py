@@ -10,10 +10,11 @@ from typing import Final
 from torch import Tensor
 
 from warmstart.checkpoints import jsons
-from warmstart.checkpoints.base import Checkpoint, FileStamp, Index, TensorInfo
-from warmstart.checkpoints.leaves import MappedFile, counted, listed, shown
+from warmstart.checkpoints.base import Checkpoint, Index, TensorInfo
+from warmstart.checkpoints.files import FileStamp, MappedFile
 from warmstart.checkpoints.places import snapshot_of
 from warmstart.errors import CheckpointError
+from warmstart.showing import counted, listed, shown
 
 MAX_INDEX: Final = 100_000_000
 INDEX_SUFFIX: Final = ".index.json"

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from warmstart.checkpoints.archive import MAX_RATIO
 from warmstart.checkpoints.base import Index
-from warmstart.checkpoints.leaves import MappedFile, swap_bytes
+from warmstart.checkpoints.files import MappedFile
+from warmstart.checkpoints.leaves import swap_bytes
 from warmstart.errors import CheckpointError
 
 DEFLATE: Final = 1

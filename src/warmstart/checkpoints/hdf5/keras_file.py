@@ -23,6 +23,7 @@ from torch import Tensor
 from warmstart.checkpoints import jsons
 from warmstart.checkpoints.archive import STORED, Member
 from warmstart.checkpoints.base import TensorInfo
+from warmstart.checkpoints.files import MappedFile
 from warmstart.checkpoints.hdf5.hdf5_chunks import FILTERS, Chunk
 from warmstart.checkpoints.leaves import (
     MAX_DIMS,
@@ -30,10 +31,8 @@ from warmstart.checkpoints.leaves import (
     HeldBytes,
     Leaf,
     LeafCheckpoint,
-    MappedFile,
     StridedLeaf,
     row_major,
-    shown,
     unfolds_too_far,
 )
 from warmstart.checkpoints.pickled.building import is_swapped
@@ -44,6 +43,7 @@ from warmstart.checkpoints.trees import take_tree
 from warmstart.checkpoints.walking import is_optimizer_name
 from warmstart.checkpoints.windows import Window
 from warmstart.errors import CheckpointError
+from warmstart.showing import shown
 
 MAX_ANSWER: Final = 96 << 20
 SECONDS: Final = 120

@@ -11,25 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from warmstart.checkpoints.files import MappedFile
 from warmstart.checkpoints.leaves import (
     ByteSource,
     HeldBytes,
     Leaf,
     LeafCheckpoint,
-    MappedFile,
     StridedLeaf,
     TensorLeaf,
     check_extent,
     column_major,
-    listed,
     row_major,
-    shown,
     unfolds_too_far,
 )
 from warmstart.checkpoints.pickled.refs import ArrayRef, StorageRef, TensorRef, Unreadable, torch_dtype, why_not
 from warmstart.checkpoints.trees import take_tree
 from warmstart.checkpoints.walking import Raw
 from warmstart.errors import CheckpointError
+from warmstart.showing import listed, shown
 
 
 @dataclass(frozen=True, slots=True)

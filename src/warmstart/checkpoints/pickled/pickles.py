@@ -10,7 +10,6 @@ from typing import Final, TypeVar, cast
 
 import torch
 
-from warmstart.checkpoints.leaves import counted, listed
 from warmstart.checkpoints.pickled import opcodes
 from warmstart.checkpoints.pickled.refs import (
     ML_DTYPES,
@@ -29,6 +28,7 @@ from warmstart.checkpoints.pickled.refs import (
     integers,
 )
 from warmstart.errors import CheckpointError
+from warmstart.showing import counted, listed
 
 T = TypeVar("T")
 

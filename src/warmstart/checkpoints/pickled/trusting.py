@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile
+from warmstart.checkpoints.files import MappedFile
+from warmstart.checkpoints.leaves import LeafCheckpoint
 from warmstart.checkpoints.memory import open_memory
 from warmstart.errors import CheckpointError
 

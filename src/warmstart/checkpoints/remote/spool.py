@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from warmstart.checkpoints.base import FileStamp
+from warmstart.checkpoints.files import FileStamp
 from warmstart.checkpoints.remote.caching import private_folder, shared_folder
 from warmstart.checkpoints.remote.fetching import Remote
 from warmstart.checkpoints.remote.transports import Seen

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from warmstart.checkpoints.base import Checkpoint, Index
 from warmstart.checkpoints.folders.sharded import INDEX_SUFFIX, MAX_INDEX, ShardedCheckpoint, read_index
-from warmstart.checkpoints.leaves import Leaf, LeafCheckpoint, counted, listed, shown
+from warmstart.checkpoints.leaves import Leaf, LeafCheckpoint
 from warmstart.checkpoints.remote.fetching import Remote
 from warmstart.checkpoints.remote.spool import Spool
 from warmstart.checkpoints.safetensors_file import read_layout
 from warmstart.errors import CheckpointError
 from warmstart.locations import public, sibling
+from warmstart.showing import counted, listed, shown
 
 # No safetensors file with a tensor in it has a shorter header, so that looking at so much fetches nothing in vain.
 HEAD: Final = 64

@@ -15,16 +15,9 @@ import torch
 from torch import Tensor
 
 from warmstart.checkpoints.archive import read_directory
-from warmstart.checkpoints.base import FileStamp, Index, TensorInfo
-from warmstart.checkpoints.leaves import (
-    MAX_DIMS,
-    Leaf,
-    LeafCheckpoint,
-    MappedFile,
-    row_major,
-    shown,
-    unfolds_too_far,
-)
+from warmstart.checkpoints.base import Index, TensorInfo
+from warmstart.checkpoints.files import FileStamp, MappedFile
+from warmstart.checkpoints.leaves import MAX_DIMS, Leaf, LeafCheckpoint, row_major, unfolds_too_far
 from warmstart.checkpoints.pickled import pickles
 from warmstart.checkpoints.pickled.building import build_checkpoint
 from warmstart.checkpoints.pickled.refs import StorageRef, Stub, TensorRef, TorchConstant, Unreadable
@@ -35,6 +28,7 @@ from warmstart.checkpoints.trees import take_tree
 from warmstart.checkpoints.walking import is_optimizer_name
 from warmstart.checkpoints.windows import Window
 from warmstart.errors import CheckpointError
+from warmstart.showing import shown
 
 MAX_MAPS: Final = 64
 _CONVERT: Final = (

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Final
 
 from warmstart.checkpoints.archive import STORED, Member, inflate
-from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile, shown
+from warmstart.checkpoints.files import MappedFile
+from warmstart.checkpoints.leaves import LeafCheckpoint
 from warmstart.checkpoints.pickled import pickles
 from warmstart.checkpoints.pickled.building import Place, build_checkpoint
 from warmstart.checkpoints.pickled.refs import StorageRef, StorageType
 from warmstart.errors import CheckpointError
+from warmstart.showing import shown
 
 MAX_DEFLATED_PICKLE: Final = 64 << 20
 

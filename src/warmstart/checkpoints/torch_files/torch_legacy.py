@@ -6,13 +6,15 @@ import struct
 import sys
 from typing import Final
 
-from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile, counted, shown
+from warmstart.checkpoints.files import MappedFile
+from warmstart.checkpoints.leaves import LeafCheckpoint
 from warmstart.checkpoints.pickled import opcodes, pickles
 from warmstart.checkpoints.pickled.building import Place, build_checkpoint
 from warmstart.checkpoints.pickled.refs import StorageRef, StorageType, TensorRef
 from warmstart.checkpoints.signatures import TORCH_LEGACY
 from warmstart.checkpoints.torch_files.torch_file import storage_maker
 from warmstart.errors import CheckpointError
+from warmstart.showing import counted, shown
 
 PROTOCOL: Final = 1001
 TAR_MEMBERS: Final = {"sys_info", "pickle", "storages", "tensors"}

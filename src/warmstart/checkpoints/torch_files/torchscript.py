@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from warmstart.checkpoints.archive import Member, inflate
-from warmstart.checkpoints.leaves import LeafCheckpoint, MappedFile
+from warmstart.checkpoints.files import MappedFile
+from warmstart.checkpoints.leaves import LeafCheckpoint
 from warmstart.checkpoints.pickled import pickles
 from warmstart.checkpoints.pickled.building import build_checkpoint
 from warmstart.checkpoints.pickled.refs import Stub, TensorRef, Unreadable

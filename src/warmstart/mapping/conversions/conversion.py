@@ -8,7 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from warmstart.errors import MappingError
-from warmstart.mapping.conversions.ops import OPS, Apply, Concat, Op, Split, Stack, Unstack
+from warmstart.mapping.conversions.ops.applying import Apply
+from warmstart.mapping.conversions.ops.base import Op
+from warmstart.mapping.conversions.ops.joining import Concat, Split
+from warmstart.mapping.conversions.ops.registry import OPS
+from warmstart.mapping.conversions.ops.stacking import Stack, Unstack
 from warmstart.mapping.conversions.templates import Template, numbered
 from warmstart.mapping.declared import declared
 from warmstart.mapping.grouping import printable

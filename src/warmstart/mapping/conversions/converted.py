@@ -13,7 +13,10 @@ from torch import Tensor
 
 from warmstart.errors import MappingError, WarmStartError
 from warmstart.mapping.conversions.conversion import Conversion
-from warmstart.mapping.conversions.ops import Apply, EachOp, Op, Split, Unstack
+from warmstart.mapping.conversions.ops.applying import Apply
+from warmstart.mapping.conversions.ops.base import EachOp, Op
+from warmstart.mapping.conversions.ops.joining import Split
+from warmstart.mapping.conversions.ops.stacking import Unstack
 from warmstart.mapping.conversions.slots import Coordinate, LazyTensor, Slot
 from warmstart.mapping.derivations import Derivation, Shape
 from warmstart.mapping.grouping import printable

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from warmstart.mapping.conversions.conversion import Conversion
-from warmstart.mapping.conversions.ops import Concat, Op, Split, Stack, Transpose, Unstack
-from warmstart.mapping.renames import Renamer
+from warmstart.mapping.conversions.ops.base import Op
+from warmstart.mapping.conversions.ops.joining import Concat, Split
+from warmstart.mapping.conversions.ops.layout import Transpose
+from warmstart.mapping.conversions.ops.stacking import Stack, Unstack
+from warmstart.mapping.planning.renames import Renamer
 from warmstart.mapping.suggesting.inference import Guess, Inference, Match
 from warmstart.mapping.suggesting.shifts import literal
 from warmstart.mapping.suggesting.templates import Path, Template, index_positions

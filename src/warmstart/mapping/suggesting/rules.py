@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from warmstart.mapping.renames import Renamer
+from warmstart.mapping.planning.renames import Renamer
 from warmstart.mapping.suggesting.items import LEAVES
 from warmstart.mapping.suggesting.templates import Path
 from warmstart.mapping.suggesting.words import INDEX

@@ -13,9 +13,10 @@ from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.grouping import covering, listed, printable
-from warmstart.mapping.names import strip
-from warmstart.mapping.part import PartPlan
-from warmstart.mapping.part_planning import plan_part
+from warmstart.mapping.model.names import strip
+from warmstart.mapping.model.targets import Target, Targets
+from warmstart.mapping.planning.part import PartPlan
+from warmstart.mapping.planning.part_planning import plan_part
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.suggesting.inference import Guess, Inference, Match, infer
 from warmstart.mapping.suggesting.reshaping import Reshaping, doubt_squares, reshapings
@@ -24,7 +25,6 @@ from warmstart.mapping.suggesting.shifts import shifted
 from warmstart.mapping.suggesting.suggestion import Coverage, Pairs, Proposal, Suggestion, Unexplained
 from warmstart.mapping.suggesting.values import refuted
 from warmstart.mapping.suggesting.words import INDEX
-from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import Patterns, PatternSet
 
 # Rules must explain next to all tensors of the smaller side (a part of a larger model), or with proposals most of

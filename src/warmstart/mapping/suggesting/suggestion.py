@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from warmstart.mapping.grouping import grouped, listed, printable
+from warmstart.mapping.plan.table import renaming
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.mapping.table import renaming
 
 Pairs = dict[str, tuple[str, ...]]
 _SHOWN = 8

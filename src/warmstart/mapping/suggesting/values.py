@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 
 from warmstart.checkpoints.base import Checkpoint
+from warmstart.mapping.model.targets import Target
 from warmstart.mapping.suggesting.inference import Guess
-from warmstart.mapping.targets import Target
 
 _TENSORS = 4  # of each proposal that are looked at
 _ROWS = 64  # of each of them

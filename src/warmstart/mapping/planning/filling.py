@@ -8,9 +8,9 @@ import torch
 
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.hints import report_unused
-from warmstart.mapping.part import PartPlan
+from warmstart.mapping.model.targets import Target, Targets
+from warmstart.mapping.planning.part import PartPlan
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import PatternSet
 
 

@@ -7,11 +7,11 @@ from warmstart.errors import MappingError
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.hints import GUESSES, did_you_mean, report_unused
 from warmstart.mapping.keys import Key
-from warmstart.mapping.names import strip
-from warmstart.mapping.part import PartPlan
+from warmstart.mapping.model.names import strip
+from warmstart.mapping.model.targets import Targets
+from warmstart.mapping.planning.part import PartPlan
+from warmstart.mapping.planning.renames import Renamer
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.mapping.renames import Renamer
-from warmstart.mapping.targets import Targets
 from warmstart.patterns import PatternSet
 
 

@@ -7,7 +7,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 from warmstart import MappingError
-from warmstart.mapping.targets import Targets
+from warmstart.mapping.model.targets import Targets
 
 
 class Net(nn.Module):

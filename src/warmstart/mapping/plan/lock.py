@@ -11,7 +11,7 @@ from warmstart.errors import MappingError
 from warmstart.mapping.buckets import Assignment, Buckets, Problem
 from warmstart.mapping.declared import plain
 from warmstart.mapping.grouping import grouped, printable
-from warmstart.mapping.table import renaming
+from warmstart.mapping.plan.table import renaming
 from warmstart.tensors import dtype_name
 
 _VERSION = 1

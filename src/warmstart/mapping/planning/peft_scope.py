@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from warmstart.mapping.grouping import printable
-from warmstart.mapping.names import strip
-from warmstart.mapping.peft import is_slot
-from warmstart.mapping.targets import Target
+from warmstart.mapping.model.names import strip
+from warmstart.mapping.model.peft import is_slot
+from warmstart.mapping.model.targets import Target
 from warmstart.patterns import nearest
 
 _SHOWN = 8

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
-from warmstart.mapping.names import (
+from warmstart.mapping.model.names import (
     WRAPPER_SEGMENTS,
     Prefix,
     fits,

@@ -12,7 +12,7 @@ from warmstart.errors import CheckpointError, MappingError
 from warmstart.mapping.buckets import Assignment, Buckets
 from warmstart.mapping.derivations import Derivation
 from warmstart.mapping.grouping import listed, printable
-from warmstart.mapping.targets import Live
+from warmstart.mapping.model.targets import Live
 from warmstart.shards import gathered
 from warmstart.tensors import bits_lost, dtype_name, range_lost, same_bits
 

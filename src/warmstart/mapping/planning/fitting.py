@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from warmstart.errors import MappingError
 from warmstart.mapping.adapters.base import Adapter
 from warmstart.mapping.adapters.rows import MapRows
-from warmstart.mapping.filling import unfillable
 from warmstart.mapping.grouping import covering, listed, printable
 from warmstart.mapping.hints import report_unused
 from warmstart.mapping.keys import Key
-from warmstart.mapping.part import PartPlan
+from warmstart.mapping.model.targets import Target, Targets
+from warmstart.mapping.planning.filling import unfillable
+from warmstart.mapping.planning.part import PartPlan
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import PatternSet
 from warmstart.tensors import dtype_name
 

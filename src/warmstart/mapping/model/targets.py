@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from warmstart.errors import MappingError, TimingError
-from warmstart.mapping.names import WRAPPER_SEGMENTS, join, without_wrappers, wrapped_child
-from warmstart.mapping.peft import AdapterEntry, base_child, cleaner, member_of_adapter, prefix_of
+from warmstart.mapping.model.names import WRAPPER_SEGMENTS, join, without_wrappers, wrapped_child
+from warmstart.mapping.model.peft import AdapterEntry, base_child, cleaner, member_of_adapter, prefix_of
 from warmstart.shards import full_shape, is_sharded, sharded_behind
 
 Kind = Literal["parameter", "buffer"]

@@ -8,8 +8,8 @@ from torch import nn
 
 import warmstart
 from warmstart import MappingError, Pretrained
-from warmstart.mapping.peft import AdapterEntry, cleaner, is_slot
-from warmstart.mapping.targets import Targets
+from warmstart.mapping.model.peft import AdapterEntry, cleaner, is_slot
+from warmstart.mapping.model.targets import Targets
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -19,9 +19,9 @@ from warmstart.errors import MappingError
 from warmstart.mapping.adapters.rows import MapRows
 from warmstart.mapping.buckets import Buckets
 from warmstart.mapping.declared import plain
-from warmstart.mapping.lock import to_yaml
-from warmstart.mapping.reversing import ReversedCheckpoint
-from warmstart.mapping.table import lines
+from warmstart.mapping.plan.lock import to_yaml
+from warmstart.mapping.plan.reversing import ReversedCheckpoint
+from warmstart.mapping.plan.table import lines
 from warmstart.tensors import dtype_name
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from warmstart.mapping.buckets import Problem
 from warmstart.mapping.derivations import Derivation, Shape
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.keys import Key
-from warmstart.mapping.names import join
-from warmstart.mapping.parametrizations import into_parametrizations, outputs_of
-from warmstart.mapping.trials import Outcome, Trial, has_own_way
+from warmstart.mapping.load_hooks.parametrizations import into_parametrizations, outputs_of
+from warmstart.mapping.load_hooks.trials import Outcome, Trial, has_own_way
+from warmstart.mapping.model.names import join
 
 Versions = Mapping[str, Mapping[str, object]]
 

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import warmstart
 from warmstart import MappingError
 from warmstart.mapping.keys import Key
-from warmstart.mapping.load_hooks import Honoured, honour
+from warmstart.mapping.load_hooks.load_hooks import Honoured, honour
 from warmstart.tensors import same_bits
 
 

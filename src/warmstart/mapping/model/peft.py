@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from warmstart.mapping.names import join
+from warmstart.mapping.model.names import join
 
 # Type of the module -> the child it keeps the base under, by qualified name along the MRO.
 BASES: Mapping[str, str] = {

@@ -16,11 +16,11 @@ from warmstart.mapping.buckets import Assignment, Mismatch, Problem
 from warmstart.mapping.grouping import listed, pasteable, printable
 from warmstart.mapping.hints import paste, report_unused
 from warmstart.mapping.keys import Key
-from warmstart.mapping.part import PartPlan
-from warmstart.mapping.part_planning import plan_part
-from warmstart.mapping.plan import Plan, R
+from warmstart.mapping.model.targets import Target, Targets
+from warmstart.mapping.plan.plan import Plan, R
+from warmstart.mapping.planning.part import PartPlan
+from warmstart.mapping.planning.part_planning import plan_part
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import PatternSet
 
 

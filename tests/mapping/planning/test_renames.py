@@ -5,7 +5,7 @@ import re
 import pytest
 
 from warmstart import MappingError
-from warmstart.mapping.renames import Renamer
+from warmstart.mapping.planning.renames import Renamer
 
 
 def renamed(key: str, *stages: dict[str, str]) -> str:

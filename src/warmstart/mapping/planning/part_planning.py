@@ -12,22 +12,22 @@ import torch
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
 from warmstart.mapping.buckets import Mismatch, Part
-from warmstart.mapping.checks import better_prefix, check_casts, check_nothing
 from warmstart.mapping.conversions.converting import convert
 from warmstart.mapping.derivations import Shape
-from warmstart.mapping.filling import fill
-from warmstart.mapping.fitting import Fitting, adapters_of
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.hints import GUESSES, did_you_mean, report_unused
 from warmstart.mapping.keys import Key
-from warmstart.mapping.load_hooks import honour, may_say
-from warmstart.mapping.names import KeyShapes, Prefix, Shapes, infer_prefix, join, strip
-from warmstart.mapping.part import PartPlan
-from warmstart.mapping.peft_scope import apart, view
-from warmstart.mapping.pool import clean_keys, renamed, selected, without_collisions
+from warmstart.mapping.load_hooks.load_hooks import honour, may_say
+from warmstart.mapping.model.names import KeyShapes, Prefix, Shapes, infer_prefix, join, strip
+from warmstart.mapping.model.targets import Target, Targets
+from warmstart.mapping.planning.checks import better_prefix, check_casts, check_nothing
+from warmstart.mapping.planning.filling import fill
+from warmstart.mapping.planning.fitting import Fitting, adapters_of
+from warmstart.mapping.planning.part import PartPlan
+from warmstart.mapping.planning.peft_scope import apart, view
+from warmstart.mapping.planning.pool import clean_keys, renamed, selected, without_collisions
+from warmstart.mapping.planning.suffixes import match_suffixes
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.mapping.suffixes import match_suffixes
-from warmstart.mapping.targets import Target, Targets
 from warmstart.patterns import PatternSet
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warmstart.mapping.suffixes import match_suffixes
+from warmstart.mapping.planning.suffixes import match_suffixes
 
 SHAPE = (2,)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from warmstart.mapping.names import KeyShapes, Shapes, fits, suffixes
+from warmstart.mapping.model.names import KeyShapes, Shapes, fits, suffixes
 
 
 @dataclass(frozen=True, slots=True)

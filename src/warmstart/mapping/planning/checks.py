@@ -7,11 +7,11 @@ import torch
 from warmstart.errors import MappingError
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import paste
-from warmstart.mapping.names import KeyShapes, Shapes, infer_prefix, matches
-from warmstart.mapping.part import PartPlan
+from warmstart.mapping.model.names import KeyShapes, Shapes, infer_prefix, matches
+from warmstart.mapping.model.targets import Targets
+from warmstart.mapping.planning.part import PartPlan
+from warmstart.mapping.planning.renames import Renamer
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.mapping.renames import Renamer
-from warmstart.mapping.targets import Targets
 from warmstart.tensors import bits_lost, castable, dtype_name
 
 

@@ -14,7 +14,7 @@ from warmstart.mapping.buckets import Problem
 from warmstart.mapping.derivations import Derivation, Shape
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.keys import Key
-from warmstart.mapping.names import join
+from warmstart.mapping.model.names import join
 
 
 class RightInverse(Derivation):

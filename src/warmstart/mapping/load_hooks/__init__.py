@@ -1,0 +1,1 @@
+"""Modules with their own way to load, and what it makes of the keys."""

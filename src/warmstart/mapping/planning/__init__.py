@@ -1,0 +1,1 @@
+"""Planning: from the rules, the keys and the model to the plan."""
