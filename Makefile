@@ -8,7 +8,7 @@ demo: $(READY)
 	$(BIN)/python examples/lightning_image_finetune.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
