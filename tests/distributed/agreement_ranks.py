@@ -208,14 +208,19 @@ def disk_error_on_one_shard():
 
 @cell
 def called_on_rank_0_only():
-    group, net = dist.new_group(), Net()
-    os.environ["WARMSTART_TIMEOUT"] = "2"
+    """Twice, then by the others alone, then by all: who did not come before is where the others are by now."""
+    group, net, path = dist.new_group(), Net(), FOLDER / "good.safetensors"
+    tried = []
+    os.environ["WARMSTART_TIMEOUT"] = "4"
     try:
-        if RANK:
-            time.sleep(8)  # too late: the others have given up
-        return attempt(net, lambda: warmstart.load(net, FOLDER / "good.safetensors", group=group))
+        for called in (RANK == 0, RANK == 0, RANK != 0):
+            if called:
+                tried.append(attempt(net, lambda: warmstart.load(net, path, group=group)))
+            dist.barrier()
     finally:
         del os.environ["WARMSTART_TIMEOUT"]
+    warmstart.load(net, path, group=group)
+    return {"tried": tried, "loaded": loaded(net, path)}
 
 
 @cell
@@ -232,21 +237,33 @@ def another_step_on_one():
     return attempt(net, run)
 
 
-@cell
-def slow_planning_is_waited_for():
-    net = Net()
+def slowly(net: nn.Module, at: str) -> dict[str, object]:
+    """Rank 1 plans, or writes, longer than a rank that does not come is waited for."""
     os.environ["WARMSTART_TIMEOUT"] = "2"
 
     def run():
         with agreement.failing_on_all("load"):
-            if RANK == 1:
-                time.sleep(5)
-            warmstart.plan(net, FOLDER / "good.safetensors").apply()
+            if at == "planning" and RANK == 1:
+                time.sleep(3.5)
+            plan = warmstart.plan(net, FOLDER / "good.safetensors")
+            if at == "writing":
+                failing_at(plan, "b.weight", lambda: time.sleep(3.5))
+            plan.apply()
 
     try:
         return attempt(net, run) | {"loaded": loaded(net, FOLDER / "good.safetensors")}
     finally:
         del os.environ["WARMSTART_TIMEOUT"]
+
+
+@cell
+def slow_planning_is_waited_for():
+    return slowly(Net(), "planning")
+
+
+@cell
+def slow_writing_is_waited_for():
+    return slowly(Net(), "writing")
 
 
 @cell

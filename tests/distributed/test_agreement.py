@@ -96,7 +96,6 @@ REFUSED = {
     "wrong_call_everywhere": ("TypeError", "the model comes first", "load(model, source)"),
     "file_changes_after_planning": ("CheckpointError", "on rank 1 of 4: ", "written to after it was opened"),
     "nonsense_timeout": ("MappingError", "WARMSTART_TIMEOUT='soon'", "WARMSTART_TIMEOUT=1200"),
-    "called_on_rank_0_only": ("TimingError", "ranks 1-3 of 4 did not come to 'load' within", "not under `if rank == 0:`"),
     "another_step_on_one": ("TimingError", "ranks 0-2 at 'load', rank 3 at 'validation'", "the same calls in the same order"),
     "host_whose_file_is_gone_on_one": ("CheckpointError", "on rank 1 of 4: ", "host_whose_file_is_gone_on_one.safetensors"),
     "host_whose_file_is_gone_everywhere": ("CheckpointError", "", "nowhere.safetensors"),
@@ -114,6 +113,18 @@ def test_what_one_rank_finds_is_the_same_error_on_all_and_nothing_is_written(tab
         assert seen["message"] == table[name][0]["message"]
         assert seen["untouched"]
         assert seen["written"] == []
+
+
+def test_a_call_on_some_ranks_only_is_given_up_and_a_later_one_on_all_loads(table):
+    for rank, seen in enumerate(table["called_on_rank_0_only"]):
+        late = "rank 0" if rank else "ranks 1-3"
+        assert len(seen["tried"]) == (1 if rank else 2)
+        for each in seen["tried"]:
+            assert each["type"] == "TimingError"
+            assert f"{late} of 4 did not come to 'load' within" in each["message"]
+            assert "not under `if rank == 0:`" in each["message"]
+            assert each["untouched"]
+        assert seen["loaded"]
 
 
 MIDWAY = {
@@ -141,8 +152,9 @@ def test_what_a_host_finds_on_one_is_raised_on_all(table):
         assert seen["message"] == table["host_finds_corruption_on_one"][0]["message"]
 
 
-def test_a_rank_at_work_is_waited_for(table):
-    for seen in table["slow_planning_is_waited_for"]:
+@pytest.mark.parametrize("name", ["slow_planning_is_waited_for", "slow_writing_is_waited_for"])
+def test_a_rank_at_work_is_waited_for(table, name):
+    for seen in table[name]:
         assert seen["type"] is None, seen
         assert seen["loaded"]
 
