@@ -1,4 +1,4 @@
-"""Run by test_agreement.py as `python agreement_ranks.py WHAT RANK WORLD FOLDER`: one of several gloo processes.
+"""Run by test_agreement.py as `python agreement_ranks.py WHAT FOLDER`: one of several gloo processes.
 
 `table` runs every cell that all ranks survive, and leaves what this rank saw in a file of its own; each other name is a
 way in which a rank is killed.
@@ -26,7 +26,7 @@ from warmstart.lifecycle import Lifecycle
 from warmstart.loading import agreement
 from warmstart.mapping.pretrained import Pretrained
 
-WHAT, RANK, WORLD, FOLDER = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+WHAT, FOLDER, RANK, WORLD = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 CELLS: dict[str, Callable[[], object]] = {}
 
 
@@ -361,7 +361,7 @@ if __name__ == "__main__":
     if WHAT == "table":
         store = dist.FileStore(str(FOLDER / "store"), WORLD)
     else:
-        port = int((FOLDER / "port").read_text())
+        port = int(os.environ["MASTER_PORT"])
         store = dist.TCPStore("127.0.0.1", port, WORLD, RANK == 0, timeout=datetime.timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD)
     if WHAT != "table":

@@ -211,7 +211,7 @@ def an_initialisation_that_fails_on_one_rank_fails_on_all(folder: Path) -> None:
 
     left.reset_parameters = failing
     path = cells.path_of(folder, "partial", "safetensors")
-    with pytest.raises(CheckpointError, match="on rank 1 of 2: (.|\n)*no memory left(.|\n)*the model is half loaded"):
+    with pytest.raises(CheckpointError, match=r"on rank 1 of 2: (.|\n)*no memory left(.|\n)*the model is half loaded"):
         warmstart.load(model, path, **CASES["partial"].fields)
 
 
