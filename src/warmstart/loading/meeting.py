@@ -27,6 +27,7 @@ TIMEOUT_VARIABLE: Final = "WARMSTART_TIMEOUT"
 TIMEOUT_SECONDS: Final = 600.0
 _WORKING: Final = 6  # a rank that is known to be at work gets so many times the time
 _PROBE_SECONDS: Final = 1.0
+_PARTING_SECONDS: Final = 5.0
 _SHARED: Final = "_raised_on_all_ranks"
 
 # How often the ranks of a group have met. A store may outlive a process group, so the count is kept by the group's name.
@@ -138,6 +139,7 @@ class Ranks:
                     self._store.delete_key(f"{number - 1}/count")
             answer = self._wait(number, step)
         if answer["error"] is not None:  # one that comes too late will still look for this rank's word: it stays
+            self._leave_together(number)
             raise _here(answer["error"], own)
         with _store_at_hand():
             self._store.delete_key(f"{number}/{self.index}")
@@ -145,6 +147,17 @@ class Ranks:
         if _at_work[self._name]:
             self._announce()
         return answer["value"]
+
+    def _leave_together(self, number: int) -> None:
+        """Wait until all that came have the answer, an error: it ends processes, and with one of them the store."""
+        until, pause = time.monotonic() + _PARTING_SECONDS, 0.001
+        with contextlib.suppress(dist.DistError):
+            self._store.add(f"{number}/told", 1)
+            while self._store.add(f"{number}/told", 0) < self._store.add(f"{number}/count", 0):
+                if time.monotonic() > until:
+                    return
+                time.sleep(pause)
+                pause = min(2 * pause, 0.25)
 
     def named(self, places: Sequence[int]) -> str:
         """Ranks in words: `rank 1`, `ranks 0-3, 7`, by their global numbers."""
