@@ -211,7 +211,7 @@ def called_on_rank_0_only():
     """Twice, then by the others alone, then by all: who did not come before is where the others are by now."""
     group, net, path = dist.new_group(), Net(), FOLDER / "good.safetensors"
     tried = []
-    os.environ["WARMSTART_TIMEOUT"] = "4"
+    os.environ["WARMSTART_TIMEOUT"] = "2"
     try:
         for called in (RANK == 0, RANK == 0, RANK != 0):
             if called:
@@ -337,7 +337,7 @@ def killed_before_it_comes():
 
 
 def killed_before_anything():
-    os.environ["WARMSTART_TIMEOUT"] = "5"
+    os.environ["WARMSTART_TIMEOUT"] = "3"
     if RANK == 1:
         die()
     warmstart.load(Net(), FOLDER / "good.safetensors")
@@ -351,7 +351,7 @@ def keeper_of_the_store_killed():
 
 
 def other_rank_goes_on_without():
-    os.environ["WARMSTART_TIMEOUT"] = "5"
+    os.environ["WARMSTART_TIMEOUT"] = "3"
     if RANK == 0:
         warmstart.load(Net(), FOLDER / "good.safetensors")
     dist.barrier()  # what training would do next

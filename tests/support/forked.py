@@ -14,6 +14,7 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _IMPORTED = [
+    "torch._dynamo",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
@@ -24,7 +25,9 @@ _IMPORTED = [
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
-def run(script: Path, world: int, folder: Path, *arguments: object, timeout: float = 240) -> tuple[list[int], list[str]]:
+def run(
+    script: Path, world: int, folder: Path, *arguments: object, timeout: float = 240
+) -> tuple[list[int], list[str]]:
     """Run a script as `world` ranks, as torchrun would: RANK, WORLD_SIZE and the like are in their environment.
 
     Returns:
