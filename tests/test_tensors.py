@@ -54,6 +54,13 @@ def test_shape_and_dtype_belong_to_the_value():
     assert len({digest(t) for t in (flat, flat.reshape(2, 3), flat.reshape(3, 2), flat.to(torch.int32))}) == 4
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16, F32])
+def test_a_digest_of_a_cast_is_that_of_the_tensor_cast(dtype):
+    tensor = torch.randn(3, 70_000, dtype=F64).t()  # more than is cast at a time
+    assert digest(tensor, dtype) == digest(tensor.to(dtype))
+    assert digest(tensor, F64) == digest(tensor)
+
+
 def test_layout_does_not_belong_to_the_value():
     tensor = torch.randn(4, 6)
     strided = torch.empty(6, 4).t().copy_(tensor)

@@ -25,14 +25,16 @@ from warmstart_accelerate.timing import BEFORE_OPTIMIZER, live_optimizers, share
 class LoopLifecycle(Lifecycle):
     """What accelerate's models ask for.
 
-    Where processes share a node, one of them resolves and downloads, and the others find it there. What is offloaded is
-    looked at and written to where it is.
+    Where processes share a node, one of them resolves and downloads, and the others find it there, or have it read the file
+    for them. What is offloaded is looked at and written to where it is.
     """
 
     late_freeze = BEFORE_OPTIMIZER
 
     @override
     def plan(self, model: nn.Module) -> Plan[Report]:
+        if self.read == "broadcast":
+            return super().plan(model)
         failed: Exception | None = None
         # The turn is passed on at the end of the block alone, so no error may leave it.
         with PartialState().local_main_process_first():

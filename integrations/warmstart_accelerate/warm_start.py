@@ -21,7 +21,7 @@ from warmstart.api import Sources
 from warmstart.freezing import Held
 from warmstart.lifecycle import OnFreezeChange
 from warmstart.loading.agreement import raised_on_all
-from warmstart.mapping.plan.plan import Verify
+from warmstart.mapping.plan.plan import Read, Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_accelerate.launching import warn_if_alone
@@ -42,6 +42,7 @@ def warm_start(
     unfreeze_unit: Literal["step"] = "step",
     on_freeze_change: OnFreezeChange = "error",
     lock: str | os.PathLike[str] | None = None,
+    read: Read = "local",
     log: bool = True,
     name: str | None = None,
     **fields: Unpack[PretrainedFields],
@@ -68,6 +69,8 @@ def warm_start(
         unfreeze_unit: `"step"`, since a loop of one's own has no epochs that could be counted.
         on_freeze_change: Whether a state of a run that had frozen other entries is an `"error"`, or to be allowed.
         lock: A lock file (`Plan.to_yaml`): a run whose plan came out different is refused.
+        read: `"local"`: every process reads what it holds of the model. `"broadcast"`: one process of each node reads, and
+            passes every tensor on to the others, which need no file.
         log: When training starts, print the report, log it to the accelerator's trackers, and write it to its `project_dir`
             as JSON and as a page.
         name: Tells two warm starts with the same `into` apart in saved states.
@@ -114,6 +117,7 @@ def warm_start(
         unfreeze_unit="step",
         on_freeze_change=on_freeze_change,
         lock=lock,
+        read=read,
     )
     life.steps_on_copies = trains_by_deepspeed(accelerator)
     key = name if name is not None else "+".join(part.into for part in parts)

@@ -26,7 +26,7 @@ from warmstart import MappingError, Pretrained, PretrainedFields, Report, Timing
 from warmstart.api import Sources
 from warmstart.freezing import Frozen, Held
 from warmstart.lifecycle import Lifecycle, OnFreezeChange, UnfreezeUnit
-from warmstart.mapping.plan.plan import Verify
+from warmstart.mapping.plan.plan import Read, Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_lightning.loggers import log_drift, log_lineage, log_report, save_report, tell
@@ -58,6 +58,8 @@ class WarmStart(Callback):
             `"validate"`, `"test"` or `"predict"`.
         on_freeze_change: Whether resuming a run that had frozen other entries is an `"error"`, or to be allowed.
         lock: A lock file (`Plan.to_yaml`): a run whose plan came out different is refused.
+        read: `"local"`: every rank reads what it holds of the model. `"broadcast"`: one rank of each node reads, and passes
+            every tensor on to the others, which need no file.
         log: Print the report, log it to the trainer's loggers and write it to the run's folder, as JSON and as a page.
         name: Tells two of these callbacks with the same `into` apart in checkpoints; Lightning asks for it with "more than
             one stateful callback".
@@ -87,6 +89,7 @@ class WarmStart(Callback):
         stages: Sequence[str] = ("fit",),
         on_freeze_change: OnFreezeChange = "error",
         lock: str | os.PathLike[str] | None = None,
+        read: Read = "local",
         log: bool = True,
         name: str | None = None,
         **fields: Unpack[PretrainedFields],
@@ -100,6 +103,7 @@ class WarmStart(Callback):
             unfreeze_unit=unfreeze_unit,
             on_freeze_change=on_freeze_change,
             lock=lock,
+            read=read,
         )
         self._stages = (stages,) if isinstance(stages, str) else tuple(stages)
         if "fit" not in self._stages or not set(self._stages) <= set(_STAGES):

@@ -66,6 +66,7 @@ class WarmStartArguments:
     warmstart_verify: Literal["full", "sample", "off"] | None = _help("How values are compared.")
     warmstart_held: Literal["eval", "train"] | None = _help("The mode of modules that are frozen as a whole.")
     warmstart_lock: str | None = _help("A lock file: a plan that came out different is refused.")
+    warmstart_read: Literal["local", "broadcast"] | None = _help("Who reads: every rank, or one of each node for all.")
     warmstart_log: bool | None = _help("Print, log and write the report.")
     warmstart_name: str | None = _help("The callback's name in checkpoints.")
 

@@ -28,7 +28,7 @@ from warmstart.api import Sources
 from warmstart.freezing import Held
 from warmstart.lifecycle import OnFreezeChange, UnfreezeUnit
 from warmstart.loading.agreement import raised_on_all
-from warmstart.mapping.plan.plan import Verify
+from warmstart.mapping.plan.plan import Read, Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_transformers.model_card import add_ancestor
@@ -65,6 +65,8 @@ class WarmStartCallback(TrainerCallback):
         unfreeze_unit: `"epoch"` or `"step"`.
         on_freeze_change: Whether resuming a run that had frozen other entries is an `"error"`, or to be allowed.
         lock: A lock file (`Plan.to_yaml`): a run whose plan came out different is refused.
+        read: `"local"`: every rank reads what it holds of the model. `"broadcast"`: one rank of each node reads, and passes
+            every tensor on to the others, which need no file.
         log: Print the report, log it to what `report_to` names and write it to `output_dir` as JSON and,
             with jinja2 installed, as a page.
         name: Tells two of these callbacks with the same `into` apart in checkpoints.
@@ -92,6 +94,7 @@ class WarmStartCallback(TrainerCallback):
         unfreeze_unit: UnfreezeUnit = "epoch",
         on_freeze_change: OnFreezeChange = "error",
         lock: str | os.PathLike[str] | None = None,
+        read: Read = "local",
         log: bool = True,
         name: str | None = None,
         **fields: Unpack[PretrainedFields],
@@ -105,6 +108,7 @@ class WarmStartCallback(TrainerCallback):
             unfreeze_unit=unfreeze_unit,
             on_freeze_change=on_freeze_change,
             lock=lock,
+            read=read,
         )
         self._key = name if name is not None else "+".join(part.into for part in parts)
         self._log = log

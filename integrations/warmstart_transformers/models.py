@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
-from warmstart import MappingError, Plan, Pretrained, Report, api
+from warmstart import MappingError, Plan, Pretrained, Report
 from warmstart.lifecycle import Lifecycle
 from warmstart.mapping.model.names import strip
 
@@ -31,13 +31,13 @@ class ModelLifecycle(Lifecycle):
         prefix = getattr(bare, "base_model_prefix", "")
         if not prefix or not isinstance(getattr(bare, prefix, None), nn.Module):
             return super().plan(model)
-        draft = api.plan(model, self.parts)
+        draft = self.plan_of(model, self.parts)
         parts = [_into_base(part, number, draft, prefix) for number, part in enumerate(self.parts)]
         if parts != self.parts:
-            narrowed = api.plan(model, parts, lock=self.lock)
+            narrowed = self.plan_of(model, parts)
             if narrowed.mapping.keys() >= {a.target for a in draft.assignments if a.alias_of is None}:
                 return narrowed
-        return super().plan(model)
+        return draft
 
 
 def mark_loaded(model: nn.Module, report: Report) -> None:

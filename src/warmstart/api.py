@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 from typing_extensions import Unpack
 
-from warmstart.checkpoints.base import Checkpoint
 from warmstart.checkpoints.places import is_gone
 from warmstart.errors import CheckpointError, MappingError, VerificationError
 from warmstart.freezing import Frozen, Held, freeze_entries, freeze_patterns, refuse_wrapped
@@ -35,7 +33,7 @@ from warmstart.version import __version__
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_OTHER_MODE = {
+OTHER_MODE = {  # what can be done where only some ranks cannot read
     "local": 'or let one rank of each node read for the others, on files that one rank has: read="broadcast"',
     "broadcast": 'or let every rank read for itself: read="local"',
 }
@@ -85,14 +83,9 @@ def load(
         >>> print(report.verdict())
     """
     _model_first(model)
-    with failing_on_all("load", group, _OTHER_MODE.get(read, "")):
-        if read != "broadcast":
-            return plan(model, pretrained, lock=lock, **fields).apply(verify=verify, read=read, group=group)
-        parts = as_parts(pretrained, fields)
-        openers = [functools.partial(open_source, part) for part in parts]
-        with relayed(openers, any(is_gone(part.source) for part in parts), group) as checkpoints:
-            made = _planned(model, parts, checkpoints, lock)
-            return apply(made, verify=verify, read=read, group=group, shared=True)
+    with failing_on_all("load", group, OTHER_MODE.get(read, "")):
+        made = plan_together(model, as_parts(pretrained, fields), lock=lock, read=read, group=group)
+        return apply(made, verify=verify, read=read, group=group, shared=True)
 
 
 def plan(
@@ -112,8 +105,27 @@ def plan(
         MappingError: The model has entries of which this process holds a shard only; or `lock` is no lock file.
     """
     _model_first(model)
-    parts = as_parts(pretrained, fields)
-    return _planned(model, parts, [open_source(part) for part in parts], lock)
+    return plan_together(model, as_parts(pretrained, fields), lock=lock)
+
+
+def plan_together(
+    model: nn.Module,
+    parts: Sequence[Pretrained],
+    *,
+    lock: str | os.PathLike[str] | None = None,
+    read: Read = "local",
+    group: ProcessGroup | None = None,
+) -> Plan[Report]:
+    """`plan`, of checkpoints that with `read="broadcast"` one rank of each node opens and all ranks ask for."""
+    openers = [functools.partial(open_source, part) for part in parts]
+    if read == "broadcast":
+        checkpoints = relayed(openers, any(is_gone(part.source) for part in parts), group)
+    else:
+        checkpoints = [opener() for opener in openers]
+    made = make_plan(model, list(zip(parts, checkpoints, strict=True)), apply, _page)
+    if lock is not None and (changed := compare(made, lock)):
+        made = dataclasses.replace(made, errors=(*made.errors, *changed))
+    return made
 
 
 def _model_first(model: object) -> None:
@@ -121,18 +133,6 @@ def _model_first(model: object) -> None:
         raise TypeError(
             f"the model comes first and the source second: load(model, source), not a {type(model).__name__} first"
         )
-
-
-def _planned(
-    model: nn.Module,
-    parts: Sequence[Pretrained],
-    checkpoints: Sequence[Checkpoint],
-    lock: str | os.PathLike[str] | None,
-) -> Plan[Report]:
-    made = make_plan(model, list(zip(parts, checkpoints, strict=True)), apply, _page)
-    if lock is not None and (changed := compare(made, lock)):
-        made = dataclasses.replace(made, errors=(*made.errors, *changed))
-    return made
 
 
 def suggest(
@@ -183,20 +183,19 @@ def apply(
 ) -> Report:
     """Carry a plan out; `Plan.apply` with the choice of how frozen modules are held, for the hosts.
 
-    With `shared` the ranks have already settled which of them read.
+    With `shared` the plan is one of `plan_together`: the ranks have settled already which of them read.
     """
     written: Written | None = None
     try:
-        with raised_on_all("load", group, _OTHER_MODE["broadcast"] if read == "broadcast" else ""):
+        with raised_on_all("load", group, OTHER_MODE["broadcast"] if read == "broadcast" else ""):
             if verify not in ("full", "sample", "off"):
                 raise MappingError(f"verify={verify!r}: one of 'full', 'sample', 'off'")
             if read not in ("local", "broadcast"):
                 raise MappingError(f"read={read!r}: 'local' or 'broadcast'")
             plan.raise_errors()
             agree(plan, group, verify=verify, held=held, read=read)
-            settled = read == "local" or shared
-            with contextlib.nullcontext(plan) if settled else shared_reading(plan, group) as plan:
-                written = write(plan, verify, group)
+            plan = plan if read == "local" or shared else shared_reading(plan, group)
+            written = write(plan, verify, group)
             rows, entries = plan.held_rows, plan.targets
             frozen = freeze_entries(plan.model, plan.freeze, entries, held, rows=rows) if plan.freeze or rows else None
     except (CheckpointError, VerificationError) as error:

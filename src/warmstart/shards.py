@@ -155,8 +155,13 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def mesh_device(tensor: Tensor) -> torch.device | None:
-    """The kind of device that a DTensor's shards lie on when they have memory; None of any other tensor."""
+    """The kind of device that a DTensor is computed with, where its shards lie unless they are `offloaded`; else None."""
     return torch.device(tensor.device_mesh.device_type) if _is_dtensor(tensor) else None  # type: ignore[attr-defined]
+
+
+def offloaded(model: nn.Module) -> set[int]:
+    """Identities of the parameters whose shards FSDP2 keeps on the CPU (`CPUOffloadPolicy`), whatever computes with them."""
+    return {id(param.sharded_param) for param in _fsdp_params(model) if param.offload_to_cpu}
 
 
 @contextmanager
@@ -184,17 +189,11 @@ def same_draws(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 def sharded_behind(model: nn.Module) -> dict[int, Tensor]:
     """FSDP2's parameters, by the identity of the whole ones that stand in their places between a forward and its backward."""
-    behind: dict[int, Tensor] = {}
-    for module in _fsdp_modules(model):
-        state: Any = module._get_fsdp_state()  # type: ignore[operator]
-        groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:  # torch before 2.10
-            groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-        for group in groups:
-            for param in group.fsdp_params:
-                if (unsharded := getattr(param, "_unsharded_param", None)) is not None:
-                    behind[id(unsharded)] = param.sharded_param
-    return behind
+    return {
+        id(unsharded): param.sharded_param
+        for param in _fsdp_params(model)
+        if (unsharded := getattr(param, "_unsharded_param", None)) is not None
+    }
 
 
 def reshard(model: nn.Module) -> None:
@@ -224,6 +223,17 @@ def _fsdp_modules(model: nn.Module) -> list[nn.Module]:
             found[module] = None
             left += [child for child in module._modules.values() if child is not None]
     return [module for module in found if isinstance(module, kind)]
+
+
+def _fsdp_params(model: nn.Module) -> Iterator[Any]:
+    """FSDP2's own records of the parameters that it shards."""
+    for module in _fsdp_modules(model):
+        state: Any = module._get_fsdp_state()  # type: ignore[operator]
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # torch before 2.10
+            groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+        for group in groups:
+            yield from group.fsdp_params
 
 
 def is_partition(tensor: Tensor) -> bool:

@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 
 _WORD = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 20  # elements of the multiplier table: 8 MB
+_CHUNK = 1 << 16  # elements of the multiplier table: with as many of a tensor it stays in a core's cache
 _MASK = (1 << 64) - 1
 
 
 def as_words(tensor: Tensor) -> Tensor:
     """The tensor's bits as a flat integer tensor, on the CPU (no copy where it already lies there contiguously)."""
+    flat = _flat(tensor)
+    return flat.view(_WORD[flat.element_size()])
+
+
+def _flat(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    flat = tensor.resolve_neg().cpu().contiguous().reshape(-1)
-    return flat.view(_WORD[flat.element_size()])
+    return tensor.resolve_neg().cpu().contiguous().reshape(-1)
 
 
 def wide_words(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,17 +45,20 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*wide_words(a, b))
 
 
-def digest(tensor: Tensor) -> int:
+def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     """A 64-bit position-dependent checksum of a tensor's bits, dtype and shape, at memory speed.
 
     A weighted sum with odd multipliers modulo 2**64: every change of a single element changes it. It tells accidents
     apart, not adversaries.
+
+    Args:
+        tensor: The tensor.
+        dtype: Of a floating-point tensor, what to cast it to first; no more than a piece of it is cast at a time.
     """
-    words = as_words(tensor)
-    total = _seed(tensor)
-    for start in range(0, words.numel(), _CHUNK):
-        chunk = words[start : start + _CHUNK].to(torch.int64)
-        part = int((chunk * _multipliers()[: chunk.numel()]).sum())
+    flat, total = _flat(tensor), _seed(dtype or tensor.dtype, tensor.shape)
+    for start in range(0, flat.numel(), _CHUNK):
+        words = as_words(flat[start : start + _CHUNK].to(dtype or flat.dtype)).to(torch.int64)
+        part = int(torch.dot(words, _multipliers()[: words.numel()]))
         total = (total * 0x9E3779B97F4A7C15 + part) & _MASK
     return total
 
@@ -129,8 +136,8 @@ def _multipliers() -> Tensor:
     return _table
 
 
-def _seed(tensor: Tensor) -> int:
+def _seed(dtype: torch.dtype, shape: torch.Size) -> int:
     seed = 14695981039346656037
-    for byte in f"{tensor.dtype}{tuple(tensor.shape)}".encode():
+    for byte in f"{dtype}{tuple(shape)}".encode():
         seed = ((seed ^ byte) * 1099511628211) & _MASK
     return seed

@@ -1,4 +1,4 @@
-"""Run by test_agreement.py as `python agreement_ranks.py WHAT RANK WORLD FOLDER`: one of several gloo processes.
+"""Run by test_agreement.py as `python agreement_ranks.py WHAT FOLDER`: one of several gloo processes.
 
 `table` runs every cell that all ranks survive, and leaves what this rank saw in a file of its own; each other name is a
 way in which a rank is killed.
@@ -26,7 +26,7 @@ from warmstart.lifecycle import Lifecycle
 from warmstart.loading import agreement
 from warmstart.mapping.pretrained import Pretrained
 
-WHAT, RANK, WORLD, FOLDER = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+WHAT, FOLDER, RANK, WORLD = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 CELLS: dict[str, Callable[[], object]] = {}
 
 
@@ -208,14 +208,19 @@ def disk_error_on_one_shard():
 
 @cell
 def called_on_rank_0_only():
-    group, net = dist.new_group(), Net()
+    """Twice, then by the others alone, then by all: who did not come before is where the others are by now."""
+    group, net, path = dist.new_group(), Net(), FOLDER / "good.safetensors"
+    tried = []
     os.environ["WARMSTART_TIMEOUT"] = "2"
     try:
-        if RANK:
-            time.sleep(8)  # too late: the others have given up
-        return attempt(net, lambda: warmstart.load(net, FOLDER / "good.safetensors", group=group))
+        for called in (RANK == 0, RANK == 0, RANK != 0):
+            if called:
+                tried.append(attempt(net, lambda: warmstart.load(net, path, group=group)))
+            dist.barrier()
     finally:
         del os.environ["WARMSTART_TIMEOUT"]
+    warmstart.load(net, path, group=group)
+    return {"tried": tried, "loaded": loaded(net, path)}
 
 
 @cell
@@ -232,21 +237,33 @@ def another_step_on_one():
     return attempt(net, run)
 
 
-@cell
-def slow_planning_is_waited_for():
-    net = Net()
+def slowly(net: nn.Module, at: str) -> dict[str, object]:
+    """Rank 1 plans, or writes, longer than a rank that does not come is waited for."""
     os.environ["WARMSTART_TIMEOUT"] = "2"
 
     def run():
         with agreement.failing_on_all("load"):
-            if RANK == 1:
-                time.sleep(5)
-            warmstart.plan(net, FOLDER / "good.safetensors").apply()
+            if at == "planning" and RANK == 1:
+                time.sleep(3.5)
+            plan = warmstart.plan(net, FOLDER / "good.safetensors")
+            if at == "writing":
+                failing_at(plan, "b.weight", lambda: time.sleep(3.5))
+            plan.apply()
 
     try:
         return attempt(net, run) | {"loaded": loaded(net, FOLDER / "good.safetensors")}
     finally:
         del os.environ["WARMSTART_TIMEOUT"]
+
+
+@cell
+def slow_planning_is_waited_for():
+    return slowly(Net(), "planning")
+
+
+@cell
+def slow_writing_is_waited_for():
+    return slowly(Net(), "writing")
 
 
 @cell
@@ -320,7 +337,7 @@ def killed_before_it_comes():
 
 
 def killed_before_anything():
-    os.environ["WARMSTART_TIMEOUT"] = "5"
+    os.environ["WARMSTART_TIMEOUT"] = "3"
     if RANK == 1:
         die()
     warmstart.load(Net(), FOLDER / "good.safetensors")
@@ -334,7 +351,7 @@ def keeper_of_the_store_killed():
 
 
 def other_rank_goes_on_without():
-    os.environ["WARMSTART_TIMEOUT"] = "5"
+    os.environ["WARMSTART_TIMEOUT"] = "3"
     if RANK == 0:
         warmstart.load(Net(), FOLDER / "good.safetensors")
     dist.barrier()  # what training would do next
@@ -344,7 +361,7 @@ if __name__ == "__main__":
     if WHAT == "table":
         store = dist.FileStore(str(FOLDER / "store"), WORLD)
     else:
-        port = int((FOLDER / "port").read_text())
+        port = int(os.environ["MASTER_PORT"])
         store = dist.TCPStore("127.0.0.1", port, WORLD, RANK == 0, timeout=datetime.timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD)
     if WHAT != "table":

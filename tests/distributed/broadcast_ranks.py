@@ -1,4 +1,4 @@
-"""Run by test_broadcast.py as `python broadcast_ranks.py RANK WORLD FOLDER`: one of several gloo processes, all cells."""
+"""Run by test_broadcast.py as `python broadcast_ranks.py FOLDER`: one of several gloo processes, all cells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import warmstart
 from warmstart import Conversion, Split
 from warmstart.loading import relaying
 
-RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+RANK, WORLD, FOLDER = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1])
 CELLS: dict[str, Callable[[], object]] = {}
 SPLIT = Conversion(["{x...}.qkv.weight"], ["{x...}.q.weight", "{x...}.k.weight", "{x...}.v.weight"], [Split(0)])
 

@@ -1,7 +1,7 @@
 """One table for every engine: what is loaded (cases), how the model is spread (engines), what it is read from (sources).
 
-Run as `python cells.py ENGINE RANK WORLD FOLDER`, it is one process of an engine: it runs every cell of the table and leaves
-what each rank holds in its own file.
+Run as `python cells.py ENGINE FOLDER`, it is one process of an engine: it runs every cell of the table and leaves what each
+rank holds in its own file.
 """
 
 from __future__ import annotations
@@ -269,7 +269,6 @@ def run_cell(engine: str, name: str, path: Path) -> tuple[dict[str, Any], dict[s
 def processes(engine: str, rank: int, world: int, folder: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     if engine == "zero3":
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does; else a kernel is compiled first
@@ -302,5 +301,5 @@ def main(engine: str, rank: int, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[2]))
     os._exit(0)  # gloo's threads abort an interpreter that ends by itself, about one in eight

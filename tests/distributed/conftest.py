@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -90,31 +89,10 @@ def ranks(checkpoints: Path) -> Callable[[str], list[Rank]]:
         folder = checkpoints / engine
         folder.mkdir()
         world = cells.WORLD[engine]
-        run(cells.__file__, [engine], world, checkpoints, folder)
+        forked.run_well(Path(cells.__file__), world, folder, engine, checkpoints, timeout=TIMEOUT)
         return [
             Rank(json.loads((folder / f"{rank}.json").read_text()), torch.load(folder / f"{rank}.pt"))
             for rank in range(world)
         ]
 
     return once
-
-
-def run(script: str, arguments: list[str], world: int, data: Path, folder: Path) -> None:
-    """Run a script as `world` processes; all of them are over when this returns or raises."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
-    running = []
-    for rank in range(world):
-        with (folder / f"{rank}.log").open("wb") as log:
-            command = [sys.executable, script, *arguments, str(rank), str(world), str(data)]
-            running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
-    try:
-        for process in running:
-            process.wait(TIMEOUT)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    logs = "\n".join(f"--- rank {rank}\n{(folder / f'{rank}.log').read_text()[-3000:]}" for rank in range(world))
-    assert [process.returncode for process in running] == [0] * world, logs

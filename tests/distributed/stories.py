@@ -12,7 +12,8 @@ from cells import CASES
 from torch import nn
 
 import warmstart
-from warmstart import MappingError, MapRows, TimingError, VerificationError
+from warmstart import CheckpointError, MappingError, MapRows, TimingError, VerificationError
+from warmstart.loading import materialising
 from warmstart.shards import local_of
 from warmstart.tensors import same_bits
 
@@ -196,6 +197,46 @@ def stale_masters_of_whole_parameters_are_found(folder: Path) -> None:
             report.check(model)
 
 
+def an_initialisation_that_fails_on_one_rank_fails_on_all(folder: Path) -> None:
+    """Before the next owner is asked to draw what all ranks draw alike: nobody waits for the rank that left."""
+    model = cells.fsdp2_meta(CASES["partial"])
+    left, rank = model.blocks[1].up, torch.distributed.get_rank()
+    tried = []
+
+    def failing() -> None:
+        tried.append(rank)
+        if rank == 1 and len(tried) == 2:  # the first time is a trial, on a copy
+            raise MemoryError("no memory left")
+        nn.Linear.reset_parameters(left)
+
+    left.reset_parameters = failing
+    path = cells.path_of(folder, "partial", "safetensors")
+    with pytest.raises(CheckpointError, match=r"on rank 1 of 2: (.|\n)*no memory left(.|\n)*the model is half loaded"):
+        warmstart.load(model, path, **CASES["partial"].fields)
+
+
+def shards_that_are_offloaded_to_the_cpu(folder: Path) -> None:
+    """They get memory there, also where the mesh computes on another device: meta stands for one that is not here."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    case = CASES["full"]
+    with torch.device("meta"):
+        model = cells.fresh(case)
+    cells.fully_sharded(model, case, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    plain = cells.fresh(case)
+    path = cells.path_of(folder, "full", "safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(materialising, "mesh_device", lambda tensor: torch.device("meta"))
+        warmstart.load(model, path)
+    warmstart.load(plain, path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert torch.allclose(model(TOKENS), plain(TOKENS))
+    model(TOKENS).square().mean().backward()
+    optimizer.step()
+    assert all(local_of(parameter).device.type == "cpu" for parameter in model.parameters())
+    assert not torch.equal(cells.whole(model)["head.weight"], plain.head.weight)
+
+
 STORIES: dict[str, list[Callable[[Path], None]]] = {
     "ddp": [flattened_parameters_are_refused],
     "fsdp2": [
@@ -206,5 +247,6 @@ STORIES: dict[str, list[Callable[[Path], None]]] = {
         there_and_back_through_dcp,
         another_dtype_is_refused,
     ],
+    "fsdp2-meta": [an_initialisation_that_fails_on_one_rank_fails_on_all, shards_that_are_offloaded_to_the_cpu],
     "zero3": [deepspeed_trains_on_from_it, stale_masters_are_found, stale_masters_of_whole_parameters_are_found],
 }

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,25 +13,6 @@ from safetensors.torch import save_file
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 SCRIPT = Path(__file__).with_name("agreement_ranks.py")
 WORLD = 4
-
-
-def run(what: str, world: int, folder: Path, timeout: float) -> tuple[list[int], list[str]]:
-    """Exit status and output of each rank; all of them are over when this returns or raises."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    env.pop("WARMSTART_TIMEOUT", None)
-    running = []
-    for rank in range(world):
-        with (folder / f"{what}-{rank}.log").open("wb") as log:
-            command = [sys.executable, str(SCRIPT), what, str(rank), str(world), str(folder)]
-            running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
-    until = time.monotonic() + timeout
-    try:
-        codes = [process.wait(max(0.1, until - time.monotonic())) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    return codes, [(folder / f"{what}-{rank}.log").read_text() for rank in range(world)]
 
 
 def write_files(folder: Path) -> None:
@@ -71,8 +48,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(folder):
     """By cell, what each rank saw; one launch for all of them."""
-    codes, logs = run("table", WORLD, folder, 240)
-    assert codes == [0] * WORLD, "\n".join(log[-3000:] for log in logs)
+    forked.run_well(SCRIPT, WORLD, folder, "table", folder)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
@@ -96,7 +72,6 @@ REFUSED = {
     "wrong_call_everywhere": ("TypeError", "the model comes first", "load(model, source)"),
     "file_changes_after_planning": ("CheckpointError", "on rank 1 of 4: ", "written to after it was opened"),
     "nonsense_timeout": ("MappingError", "WARMSTART_TIMEOUT='soon'", "WARMSTART_TIMEOUT=1200"),
-    "called_on_rank_0_only": ("TimingError", "ranks 1-3 of 4 did not come to 'load' within", "not under `if rank == 0:`"),
     "another_step_on_one": ("TimingError", "ranks 0-2 at 'load', rank 3 at 'validation'", "the same calls in the same order"),
     "host_whose_file_is_gone_on_one": ("CheckpointError", "on rank 1 of 4: ", "host_whose_file_is_gone_on_one.safetensors"),
     "host_whose_file_is_gone_everywhere": ("CheckpointError", "", "nowhere.safetensors"),
@@ -114,6 +89,18 @@ def test_what_one_rank_finds_is_the_same_error_on_all_and_nothing_is_written(tab
         assert seen["message"] == table[name][0]["message"]
         assert seen["untouched"]
         assert seen["written"] == []
+
+
+def test_a_call_on_some_ranks_only_is_given_up_and_a_later_one_on_all_loads(table):
+    for rank, seen in enumerate(table["called_on_rank_0_only"]):
+        late = "rank 0" if rank else "ranks 1-3"
+        assert len(seen["tried"]) == (1 if rank else 2)
+        for each in seen["tried"]:
+            assert each["type"] == "TimingError"
+            assert f"{late} of 4 did not come to 'load' within" in each["message"]
+            assert "not under `if rank == 0:`" in each["message"]
+            assert each["untouched"]
+        assert seen["loaded"]
 
 
 MIDWAY = {
@@ -141,8 +128,9 @@ def test_what_a_host_finds_on_one_is_raised_on_all(table):
         assert seen["message"] == table["host_finds_corruption_on_one"][0]["message"]
 
 
-def test_a_rank_at_work_is_waited_for(table):
-    for seen in table["slow_planning_is_waited_for"]:
+@pytest.mark.parametrize("name", ["slow_planning_is_waited_for", "slow_writing_is_waited_for"])
+def test_a_rank_at_work_is_waited_for(table, name):
+    for seen in table[name]:
         assert seen["type"] is None, seen
         assert seen["loaded"]
 
@@ -173,8 +161,7 @@ KILLED = {
 def test_when_a_rank_is_killed_the_other_ends_and_names_it(tmp_path, name):
     dead, words = KILLED[name]
     write_files(tmp_path)
-    (tmp_path / "port").write_text(str(free_port()))
-    codes, logs = run(name, 2, tmp_path, 120)
+    codes, logs = forked.run(SCRIPT, 2, tmp_path, name, tmp_path, timeout=120)
     assert codes[dead] == -9
     assert codes[1 - dead] > 0
     assert words in logs[1 - dead]
@@ -182,14 +169,7 @@ def test_when_a_rank_is_killed_the_other_ends_and_names_it(tmp_path, name):
 
 def test_a_rank_that_goes_on_without_the_load_ends_too(tmp_path):
     write_files(tmp_path)
-    (tmp_path / "port").write_text(str(free_port()))
-    codes, logs = run("other_rank_goes_on_without", 2, tmp_path, 120)
+    codes, logs = forked.run(SCRIPT, 2, tmp_path, "other_rank_goes_on_without", tmp_path, timeout=120)
     assert codes[0] > 0
     assert codes[1] > 0
     assert "TimingError: rank 1 of 2 did not come to 'load'" in logs[0]
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])

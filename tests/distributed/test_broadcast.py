@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -36,22 +33,7 @@ def table(good, tmp_path_factory):
     save_file(good, folder / "good.safetensors")
     torch.save(good, folder / "good.pt")
     (folder / "cut.safetensors").write_bytes((folder / "good.safetensors").read_bytes()[:-8])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    running = []
-    for rank in range(WORLD):
-        with (folder / f"{rank}.log").open("wb") as log:
-            command = [sys.executable, str(SCRIPT), str(rank), str(WORLD), str(folder)]
-            running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
-    until = time.monotonic() + 240
-    try:
-        while time.monotonic() < until and any(process.poll() is None for process in running):
-            time.sleep(0.2)
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    logs = "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(WORLD))
-    assert [process.returncode for process in running] == [0] * WORLD, logs
+    forked.run_well(SCRIPT, WORLD, folder, folder)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
     return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 

@@ -101,6 +101,8 @@ if __name__ == "__main__":
     cell("release after prepare", late_release)
     cell("overwritten on rank 1", overwritten)
     train("rank 1 has no file", f"only-{rank}.pt")
+    train("rank 0 reads for rank 1", f"only-{rank}.pt", freeze="encoder.0", read="broadcast")
+    train("nobody has a file", "nowhere.pt", read="broadcast")
     train("rank 1 has no file, frozen by name", f"only-{rank}.pt", freeze="encoder")
     train("rank 1 has another file", f"other-{rank}.pt")
     train("rank 1 has another model", "encoder.pt", kind=loops.Smooth if rank == 0 else loops.Net)

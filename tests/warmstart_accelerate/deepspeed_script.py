@@ -1,4 +1,4 @@
-"""Run by test_deepspeed.py under torchrun: two processes under accelerate's DeepSpeed; each leaves what it saw in a file."""
+"""Run by test_deepspeed.py: two processes under accelerate's DeepSpeed; each leaves what it saw in a file."""
 
 from __future__ import annotations
 

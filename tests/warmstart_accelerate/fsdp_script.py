@@ -1,4 +1,4 @@
-"""Run by test_fsdp2.py under torchrun: two gloo processes under accelerate's FSDP2; each leaves what it saw in a file."""
+"""Run by test_fsdp2.py: two gloo processes under accelerate's FSDP2; each leaves what it saw in a file."""
 
 from __future__ import annotations
 

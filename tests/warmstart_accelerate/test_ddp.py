@@ -124,12 +124,25 @@ def test_field_note_38_what_one_rank_alone_overwrites_is_named_on_all(ranks):
         assert "rank 1" in seen["overwritten on rank 1"]["message"]
 
 
+def test_a_file_that_one_rank_has_is_enough_if_it_reads_for_the_others(ranks):
+    _, seen = ranks
+    for each in seen:
+        case = each["rank 0 reads for rank 1"]
+        assert case["status"] == "applied"
+        assert case["start"] == seen[0]["loaded"]["start"]
+        assert case["end"] == seen[0]["loaded"]["end"]
+        assert case["trainable"] == seen[0]["loaded"]["trainable"]
+        assert each["nobody has a file"]["error"] == "CheckpointError"
+        assert "nowhere.pt" in each["nobody has a file"]["message"]
+
+
 @pytest.mark.parametrize("case", ["rank 1 has no file", "rank 1 has no file, frozen by name"])
 def test_field_note_39_a_file_that_one_rank_lacks_is_the_same_error_on_all(ranks, case):
     zero, one = ranks[1]
     assert zero[case]["error"] == one[case]["error"] == "CheckpointError"
     assert zero[case]["message"] == one[case]["message"]
     assert "only-1.pt" in zero[case]["message"]
+    assert 'read="broadcast"' in zero[case]["message"]
 
 
 @pytest.mark.parametrize("case", ["rank 1 has another file", "rank 1 has another model"])

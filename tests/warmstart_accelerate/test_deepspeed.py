@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import loops
 import pytest
 import torch
@@ -23,16 +21,7 @@ def ranks(tmp_path_factory):
         pytest.skip("deepspeed is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed")
     folder = tmp_path_factory.mktemp("deepspeed")
     torch.save(loops.trained_encoder(loops.Smooth), folder / "encoder.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    set_to = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
-    done = subprocess.run(
-        [*command, str(Path(__file__).parent / "deepspeed_script.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=560,
-        env={**os.environ, **set_to, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    forked.run_well(Path(__file__).with_name("deepspeed_script.py"), 2, folder, folder, timeout=560)
     source = {f"encoder.{k}": v for k, v in torch.load(folder / "encoder.pt").items()}
     return source, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 

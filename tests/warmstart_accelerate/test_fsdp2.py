@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import loops
 import pytest
 import torch
@@ -19,15 +17,7 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp2")
     torch.save(loops.trained_encoder(loops.Smooth), folder / "encoder.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parent / "fsdp_script.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    forked.run_well(Path(__file__).with_name("fsdp_script.py"), 2, folder, folder)
     source = {f"encoder.{k}": v.tolist() for k, v in torch.load(folder / "encoder.pt").items()}
     return source, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 

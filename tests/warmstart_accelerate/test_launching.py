@@ -1,9 +1,14 @@
-"""A launcher that started more processes than accelerate sees."""
+"""Launchers of a notebook's, and one that started more processes than accelerate sees."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import forked
 import loops
 import pytest
+import torch
 from accelerate import Accelerator
 
 from warmstart_accelerate import warm_start
@@ -20,3 +25,18 @@ def test_each_process_alone_is_a_warning_that_names_the_argument(source, monkeyp
 def test_one_process_is_none(source, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     warm_start(Accelerator(cpu=True), loops.Net(), source, into="encoder")
+
+
+@pytest.mark.slow
+def test_the_launchers_of_a_notebook(tmp_path):
+    torch.save(loops.trained_encoder(loops.Smooth), tmp_path / "encoder.pt")
+    forked.run_well(Path(__file__).with_name("notebook_script.py"), 1, tmp_path, tmp_path)
+    expected = {f"encoder.{name}": value.tolist() for name, value in torch.load(tmp_path / "encoder.pt").items()}
+    for launcher in ("debug", "notebook"):
+        zero, one = (json.loads((tmp_path / f"{launcher}-{rank}.json").read_text()) for rank in (0, 1))
+        assert zero == one
+        assert zero["world"] == 2
+        assert zero["status"] == "applied"
+        assert {name: zero["start"][name] for name in expected} == expected
+        assert zero["end"]["encoder.0.weight"] == expected["encoder.0.weight"]
+        assert zero["end"]["encoder.2.weight"] != expected["encoder.2.weight"]

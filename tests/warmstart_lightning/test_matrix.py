@@ -136,6 +136,13 @@ def test_a_tuner_is_refused_where_the_memory_is_made_after_it(ran):
             assert rank["refused"]["tuner"].startswith("TimingError: LearningRateFinder takes the model before")
 
 
+def test_a_file_that_one_rank_has_is_enough_if_it_reads_for_the_others(ran):
+    _, source, ranks = ran
+    for rank in ranks:
+        assert rank["read by one"]["start"] == source
+        assert parameters(rank["read by one"]["end"]) == parameters(rank["configure_model"]["fit"]["end"])
+
+
 @pytest.mark.parametrize("saved", ["folder", "file"])
 def test_field_note_43_a_resume_without_the_source(ran, saved):
     """Lightning reads a checkpoint of one file into the modules of a sharded model one by one, past the hooks of the whole."""

@@ -87,6 +87,8 @@ if __name__ == "__main__":
     drift = Write("on_step_end", lambda model: model.encoder[1].running_mean)
     run("drifted", Plain(), drift, WarmStartCallback(folder / "encoder.pt", into="encoder", freeze=True))
     run("rank 1 has no file", bert(rank), WarmStartCallback(folder / f"only-{rank}.safetensors", verify="off"))
+    reader = WarmStartCallback(folder / f"only-{rank}.safetensors", freeze="bert.encoder", read="broadcast")
+    run("rank 0 reads for rank 1", bert(rank), reader)
     run("rank 1 has another file", bert(rank), WarmStartCallback(folder / f"other-{rank}.safetensors"))
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()

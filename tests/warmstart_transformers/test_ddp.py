@@ -102,6 +102,14 @@ def test_what_drifts_on_rank_1_alone_is_named_on_both(ranks):
         assert seen["drifted"]["tensors"] == ["encoder.1.running_mean"]
 
 
+def test_a_file_that_one_rank_has_is_enough_if_it_reads_for_the_others(ranks):
+    seen, source = ranks
+    for each in seen:
+        assert each["rank 0 reads for rank 1"]["status"] == "applied"
+        assert base(each["rank 0 reads for rank 1"]["start"]) == source
+        assert each["rank 0 reads for rank 1"]["end"] == seen[0]["frozen"]["end"]
+
+
 def test_a_file_that_one_rank_lacks_is_an_error_on_both(ranks):
     for seen in ranks[0]:
         assert seen["rank 1 has no file"]["error"] == "CheckpointError"

@@ -28,7 +28,7 @@ from warmstart.mapping.grouping import listed
 from warmstart.mapping.model.names import strip
 from warmstart.mapping.model.targets import Targets
 from warmstart.mapping.plan.lock import frozen_names
-from warmstart.mapping.plan.plan import Plan, Verify
+from warmstart.mapping.plan.plan import Plan, Read, Verify
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.patterns import Patterns
 from warmstart.report import Report
@@ -59,12 +59,14 @@ class Lifecycle:
         unfreeze: Mapping[int, Patterns] | None = None,
         unfreeze_unit: UnfreezeUnit = "epoch",
         lock: str | os.PathLike[str] | None = None,
+        read: Read = "local",
     ) -> None:
         for name, value, choices in (
             ("verify", verify, ("full", "sample", "off")),
             ("held", held, ("eval", "train")),
             ("on_freeze_change", on_freeze_change, ("error", "allow")),
             ("unfreeze_unit", unfreeze_unit, ("epoch", "step")),
+            ("read", read, ("local", "broadcast")),
         ):
             if value not in choices:
                 raise MappingError(f"{name}={value!r}: one of {', '.join(map(repr, choices))}")
@@ -75,6 +77,7 @@ class Lifecycle:
         self.schedule = Schedule.of(unfreeze or {})
         self.unfreeze_unit: UnfreezeUnit = unfreeze_unit
         self.lock = lock
+        self.read: Read = read
         self.restored: dict[str, Any] | None = None
         self._early: frozenset[str] = frozenset()
         self._reset()
@@ -92,7 +95,7 @@ class Lifecycle:
 
     def __getstate__(self) -> dict[str, Any]:
         """The configuration alone: what a run made of it belongs to its process and its model."""
-        kept = ("parts", "verify", "held", "on_freeze_change", "schedule", "unfreeze_unit", "lock", "restored")
+        kept = ("parts", "verify", "held", "on_freeze_change", "schedule", "unfreeze_unit", "lock", "read", "restored")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -119,7 +122,11 @@ class Lifecycle:
 
     def plan(self, model: nn.Module) -> Plan[Report]:
         """What goes where in this model; a host that knows more of its models than their names adds to the rules here."""
-        return api.plan(model, self.parts, lock=self.lock)
+        return self.plan_of(model, self.parts)
+
+    def plan_of(self, model: nn.Module, parts: Sequence[Pretrained]) -> Plan[Report]:
+        """The plan of these sources, opened as `read` says: then every rank calls it."""
+        return api.plan_together(model, parts, lock=self.lock, read=self.read)
 
     def loaded(self, model: nn.Module) -> bool:
         """Whether this model is the one that was applied to last."""
@@ -216,7 +223,7 @@ class Lifecycle:
                 other._rehearse(model)
             refuse_overlap(plan, [other.report for other in beside])
             refuse_late_freeze(plan, set(plan.freeze) - self.schedule.later(plan), optimizers, self.late_freeze)
-            self.report = api.apply(plan, verify=self.verify, held=self.held)
+            self.report = api.apply(plan, verify=self.verify, held=self.held, read=self.read, shared=True)
             self._freeze.take(self.report.frozen)
             remember(model, self._identity(), self.report)
         if self.frozen is not None:
@@ -232,7 +239,7 @@ class Lifecycle:
             if not any(is_gone(part.source) for part in self.parts):
                 raise
             self._gone = error
-        raised_unless_alike(self._gone, "set up: its source")
+        raised_unless_alike(self._gone, "set up: its source", hint=api.OTHER_MODE[self.read])
         return plan
 
     def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
@@ -258,8 +265,8 @@ class Lifecycle:
         self._freeze.take_up(model, past.frozen, past.trained, past.rows)
 
     def _rehearse(self, model: nn.Module) -> None:
-        if self._known(model) is None and not any(is_gone(part.source) for part in self.parts):
-            self.plan(model).raise_errors()
+        if self._known(model) is None and (plan := self._plan_if_there(model)) is not None:
+            plan.raise_errors()
 
     def _frozen_names(self, model: nn.Module) -> list[str]:
         """What to freeze, as far as it is known without the source."""

@@ -31,9 +31,7 @@ def raised_on_all(step: str = "warm start", group: ProcessGroup | None = None, h
     """
     with failing_on_all(step, group, hint):
         yield
-        ranks = Ranks.of(group)
-        if ranks is not None:
-            ranks.meet(step)
+    all_here(step, group)
 
 
 @contextlib.contextmanager
@@ -43,9 +41,9 @@ def failing_on_all(step: str, group: ProcessGroup | None = None, hint: str = "")
     if ranks is None:
         yield
         return
-    ranks.announce()
     try:
-        yield
+        with ranks.at_work():
+            yield
     except Exception as error:
         if is_shared(error):
             raise
@@ -85,7 +83,6 @@ def agree(plan: Plan, group: ProcessGroup | None, **call: str) -> None:
     if found is None:
         return
     section, usual, odd = found["section"], found["usual"], found["odd"]
-    ranks.announce()
     asked = ranks.index in (usual[0], odd[0])
     said = details(plan, call, section) if asked else None
 
@@ -95,8 +92,16 @@ def agree(plan: Plan, group: ProcessGroup | None, **call: str) -> None:
     ranks.meet("load", said, refuse)
 
 
-def raised_unless_alike(error: CheckpointError | None, step: str, group: ProcessGroup | None = None) -> None:
+def raised_unless_alike(
+    error: CheckpointError | None, step: str, group: ProcessGroup | None = None, hint: str = ""
+) -> None:
     """Raise on all ranks an error that some ranks have and others have not; what all have is left to the caller.
+
+    Args:
+        error: What this rank has.
+        step: What the ranks are about to do.
+        group: The ranks.
+        hint: What else can be done about a checkpoint that only some ranks cannot read.
 
     Raises:
         CheckpointError: Some have it.
@@ -108,7 +113,8 @@ def raised_unless_alike(error: CheckpointError | None, step: str, group: Process
     def refuse(words: list[str | None]) -> None:
         found = {i: word for i, word in enumerate(words) if word is not None}
         if found and len(found) < len(words):
-            raise CheckpointError(f"on {ranks.named(list(found))} of {len(words)}: {next(iter(found.values()))}")
+            fix = f"\n  -> {hint}" if hint else ""
+            raise CheckpointError(f"on {ranks.named(list(found))} of {len(words)}: {next(iter(found.values()))}{fix}")
 
     ranks.meet(step, None if error is None else str(error), refuse)
 

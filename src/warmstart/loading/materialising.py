@@ -16,7 +16,7 @@ from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.load_hooks.trials import stand_in
 from warmstart.mapping.model.names import join, strip
 from warmstart.mapping.plan.plan import Plan
-from warmstart.shards import full_shape, is_sharded, mesh_device, same_draws, shard_of
+from warmstart.shards import full_shape, is_sharded, mesh_device, offloaded, same_draws, shard_of
 from warmstart.tensors import same_bits
 
 
@@ -43,24 +43,28 @@ def materialise(plan: Plan) -> list[str]:
     A tensor on meta is swapped for a real one inside its own object, so that ties, names and whoever holds it keep it.
     Only an owner's initialisation draws random numbers, in the order of the model. What else the owner holds is put back.
 
+    Ranks that share the model draw alike. They exchange that before anything can fail on one of them.
+
     Returns:
         Notes on what was initialised.
     """
-    with torch.no_grad():
+    owners = list(_owners(plan))
+    drawn = (t for owner in owners for module in owner.module.modules() for t in _held(module).values())
+    with torch.no_grad(), same_draws(drawn):
         for assignment in plan.assignments:
             tensor = plan.targets.entries[assignment.target].tensor
             if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
                 tensor.materialize(assignment.shape, dtype=assignment.dtype)
             elif full_shape(tensor) != assignment.shape:  # an observer's, which takes the shape of what it is given
                 tensor.resize_(assignment.shape)
-        owners = list(_owners(plan))
         own = [(owner, _held(owner.module)) for owner in owners]
         was_real = {
             id(t) for t in [*plan.model.parameters(), *plan.model.buffers()] if not is_lazy(t) and not t.is_meta
         }
+        on_cpu = offloaded(plan.model)
         with _weak_references(plan.model):
             for tensor in on_meta(plan).values():
-                _swap(tensor, _real(tensor))
+                _swap(tensor, _real(tensor, torch.device("cpu") if id(tensor) in on_cpu else None))
             for owner, held in own:
                 for leaf in owner.leaves:
                     if held[leaf].is_meta:
@@ -185,8 +189,7 @@ def _whole(owner: _Owner) -> Iterator[None]:
             whole[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if parameter else value
         members[leaf] = whole[id(tensor)]
     try:
-        with same_draws([tensor for _, _, tensor in places]):
-            yield
+        yield
     finally:
         for members, leaf, tensor in places:
             members[leaf] = tensor
@@ -196,9 +199,9 @@ def _whole(owner: _Owner) -> Iterator[None]:
             shard.local.copy_(whole[id(tensor)] if shard.region is None else shard.region.take(whole[id(tensor)]))
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """A tensor like one on meta, with memory: on its mesh's or the default device, with its dtype, strides, class and flags."""
-    device = mesh_device(tensor) or torch.get_default_device()
+def _real(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A tensor like one on meta, with memory: on `device`, its mesh's or the default one, with its dtype, strides and flags."""
+    device = device or mesh_device(tensor) or torch.get_default_device()
     device = torch.device("cpu") if device.type == "meta" else device
     if type(tensor) in {Tensor, nn.Parameter} and tensor.layout == torch.strided and tensor.is_contiguous():
         # For a tensor on meta `empty_like` is Python, and the first call imports sympy: 0.5 s and 30 MiB.

@@ -13,6 +13,7 @@ import math
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -26,10 +27,12 @@ TIMEOUT_VARIABLE: Final = "WARMSTART_TIMEOUT"
 TIMEOUT_SECONDS: Final = 600.0
 _WORKING: Final = 6  # a rank that is known to be at work gets so many times the time
 _PROBE_SECONDS: Final = 1.0
+_PARTING_SECONDS: Final = 5.0
 _SHARED: Final = "_raised_on_all_ranks"
 
 # How often the ranks of a group have met. A store may outlive a process group, so the count is kept by the group's name.
 _meetings: dict[str, int] = {}
+_at_work: Counter[str] = Counter()
 _enrolled: set[tuple[str, int]] = set()
 
 
@@ -78,7 +81,7 @@ class Ranks:
 
     @property
     def number(self) -> int:
-        """How many meetings there have been."""
+        """How many meetings there have been for this rank."""
         return _meetings.get(self._name, 0)
 
     @property
@@ -90,9 +93,19 @@ class Ranks:
         """A part of the store for these ranks alone."""
         return dist.distributed_c10d.PrefixStore(name, self._store)
 
-    def announce(self) -> None:
-        """Tell the others that this rank is at work and will come to the next meeting."""
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """A stretch of work in which the others know that this rank will come to the next meeting, however long it takes."""
+        _at_work[self._name] += 1
+        try:
+            self._announce()
+            yield
+        finally:
+            _at_work[self._name] -= 1
+
+    def _announce(self) -> None:
         with _store_at_hand():
+            self._pass_over()
             self._store.set(f"{self.number}/coming/{self.index}", "")
 
     def meet(
@@ -111,25 +124,40 @@ class Ranks:
             WarmStartError: What went wrong on some rank, of the type it has there; or a rank has ended.
             TimingError: A rank did not come, or is at another step.
         """
-        number = self.number
-        _meetings[self._name] = number + 1
         said = {"step": step, "word": word, "error": None if own is None else _portable(own, hint)}
         with _store_at_hand():
             self._enrol()
+            self._pass_over()
+            number = self.number
+            _meetings[self._name] = number + 1
             self._store.set(f"{number}/{self.index}", json.dumps(said))
             if self._store.add(f"{number}/count", 1) == len(self.members):
                 words = [json.loads(self._store.get(f"{number}/{i}")) for i in range(len(self.members))]
-                self._answer(number, self._answered(words, decide))
+                self._answer(number, **self._answered(words, decide))
                 if number:  # all have left the meeting before this one
                     self._store.delete_key(f"{number - 1}/answer")
                     self._store.delete_key(f"{number - 1}/count")
             answer = self._wait(number, step)
         if answer["error"] is not None:  # one that comes too late will still look for this rank's word: it stays
+            self._leave_together(number)
             raise _here(answer["error"], own)
         with _store_at_hand():
             self._store.delete_key(f"{number}/{self.index}")
             self._store.delete_key(f"{number}/coming/{self.index}")
+        if _at_work[self._name]:
+            self._announce()
         return answer["value"]
+
+    def _leave_together(self, number: int) -> None:
+        """Wait until all that came have the answer, an error: it ends processes, and with one of them the store."""
+        until, pause = time.monotonic() + _PARTING_SECONDS, 0.001
+        with contextlib.suppress(dist.DistError):
+            self._store.add(f"{number}/told", 1)
+            while self._store.add(f"{number}/told", 0) < self._store.add(f"{number}/count", 0):
+                if time.monotonic() > until:
+                    return
+                time.sleep(pause)
+                pause = min(2 * pause, 0.25)
 
     def named(self, places: Sequence[int]) -> str:
         """Ranks in words: `rank 1`, `ranks 0-3, 7`, by their global numbers."""
@@ -173,9 +201,17 @@ class Ranks:
                 "let every rank make the same calls in the same order"
             )
 
-    def _answer(self, number: int, answer: dict[str, Any]) -> None:
-        """Give the answer, unless somebody has given one."""
+    def _answer(self, number: int, value: Any, error: dict[str, Any] | None, without: Sequence[int] = ()) -> None:
+        """Give the answer, unless somebody has given one; `without` are the places of those that were given up."""
+        answer = {"value": value, "error": error, "without": list(without)}
         self._store.compare_set(f"{number}/answer", "", json.dumps(answer))
+
+    def _pass_over(self) -> None:
+        """Leave out the meetings that were given up for want of this rank: who waited there is at the next one by now."""
+        while self._store.check([key := f"{self.number}/answer"]):
+            if self.index not in json.loads(self._store.get(key))["without"]:
+                return
+            _meetings[self._name] = self.number + 1
 
     def _wait(self, number: int, step: str) -> dict[str, Any]:
         key = f"{number}/answer"
@@ -184,34 +220,37 @@ class Ranks:
             waited = time.monotonic() - started
             if waited > probed + _PROBE_SECONDS:
                 probed = waited
-                error = self._ended(step) or self._late(number, step, waited)
+                error, without = self._ended(step), []
+                if error is None and waited >= self._limit:
+                    error, without = self._late(number, step, waited)
                 if error is not None:
-                    self._answer(number, {"error": _portable(error), "value": None})
+                    self._answer(number, None, _portable(error), without)
                     continue
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
         answer: dict[str, Any] = json.loads(self._store.get(key))
         return answer
 
-    def _late(self, number: int, step: str, waited: float) -> WarmStartError | None:
-        if waited < self._limit:
-            return None
+    def _late(self, number: int, step: str, waited: float) -> tuple[WarmStartError | None, list[int]]:
+        """What is said of the ranks that are too late by now, and which of them the meeting is given up for."""
         places = list(range(len(self.members)))
         missing = self._absent(f"{number}/", places)
         idle = self._absent(f"{number}/coming/", missing)
         if not idle and waited < _WORKING * self._limit:
-            return None
+            return None, []
         late = self.named(idle or missing or places)
         if idle:
-            return TimingError(
+            error: WarmStartError = TimingError(
                 f"{late} of {dist.get_world_size()} did not come to {step!r} within {waited:.0f} s while the others waited; "
                 "let every rank of the group call it, not under `if rank == 0:`. Where ranks come that late for a good "
                 f"reason, set {TIMEOUT_VARIABLE} to more seconds"
             )
-        return WarmStartError(
+            return error, idle
+        error = WarmStartError(
             f"{late} did not finish {step!r} within {waited:.0f} s while the others waited; if its disk or "
             f"network is that slow, set {TIMEOUT_VARIABLE} to more seconds"
         )
+        return error, []
 
     def _absent(self, prefix: str, places: list[int]) -> list[int]:
         if not places or self._store.check([f"{prefix}{place}" for place in places]):

@@ -146,10 +146,7 @@ class RelayedCheckpoint(Checkpoint):
         return None if self._at_hand is None else self._at_hand.changed()
 
 
-@contextlib.contextmanager
-def relayed(
-    openers: Sequence[Callable[[], Checkpoint]], gone: bool, group: ProcessGroup | None
-) -> Iterator[list[Checkpoint]]:
+def relayed(openers: Sequence[Callable[[], Checkpoint]], gone: bool, group: ProcessGroup | None) -> list[Checkpoint]:
     """The checkpoints, opened on one rank of each node only; a node without them gets them from the first that has them.
 
     Args:
@@ -165,28 +162,25 @@ def relayed(
     plan: list[list[int]] = [] if ranks is None else ranks.meet("load: who reads", [node(), gone], _readers)
     mine = [] if ranks is None else next(members for members in plan if ranks.index in members)
     if ranks is None or len(mine) == 1:
-        yield [opener() for opener in openers]
-        return
+        return [opener() for opener in openers]
     relay = Relay(ranks, mine)
     found: list[Checkpoint] = []
     with relay.in_step():
         if relay.reads:
             found = [_of_files(opener()) for opener in openers]
     facts = relay.facts([_facts(each) for each in found] if relay.reads else None)
-    yield [RelayedCheckpoint(relay, fact, found[i] if found else None) for i, fact in enumerate(facts)]
+    return [RelayedCheckpoint(relay, fact, found[i] if found else None) for i, fact in enumerate(facts)]
 
 
-@contextlib.contextmanager
-def shared_reading(plan: Plan[R], group: ProcessGroup | None) -> Iterator[Plan[R]]:
+def shared_reading(plan: Plan[R], group: ProcessGroup | None) -> Plan[R]:
     """The plan of checkpoints that every rank has opened, read by one rank of each node.
 
     Raises:
         MappingError: As `relayed`.
     """
     openers = [functools.partial(_checkpoint, part) for part in plan.parts]
-    with relayed(openers, False, group) as checkpoints:
-        parts = zip(plan.parts, checkpoints, strict=True)
-        yield dataclasses.replace(plan, parts=tuple(dataclasses.replace(p, checkpoint=c) for p, c in parts))
+    parts = zip(plan.parts, relayed(openers, False, group), strict=True)
+    return dataclasses.replace(plan, parts=tuple(dataclasses.replace(p, checkpoint=c) for p, c in parts))
 
 
 def in_step(plan: Plan) -> contextlib.AbstractContextManager[None]:

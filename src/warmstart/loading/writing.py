@@ -105,7 +105,7 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
             written=tuple(done),
             report=result,
         ) from error
-    result.notes += inert_adapters(plan)
+    result.notes += inert_adapters(plan, group)
     result.bytes_read = sum(part.checkpoint.bytes_read for part in plan.parts) - before
     result.seconds = time.perf_counter() - started
     return result
