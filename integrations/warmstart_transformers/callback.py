@@ -32,7 +32,7 @@ from warmstart.mapping.plan import Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_transformers.model_card import add_ancestor
-from warmstart_transformers.models import ModelLifecycle, mark_loaded
+from warmstart_transformers.models import ModelLifecycle, mark_loaded, reach_past_frozen
 from warmstart_transformers.sharding import is_sharding, refuse_placeholders, refuse_sharding, trains_by_deepspeed
 from warmstart_transformers.trackers import log_report, save_report
 
@@ -274,6 +274,8 @@ class WarmStartCallback(TrainerCallback):
         if resumed and self._trainer is None:  # attached, it knows the checkpoint and has asked it before
             folder = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
             self._life.resume(model, self._manifest(folder))
+        if self._life.frozen is not None:
+            reach_past_frozen(model)
         self._epoch = int(state.epoch or 0)
         first = self._life.start(
             model,

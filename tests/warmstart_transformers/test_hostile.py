@@ -79,6 +79,7 @@ def test_a_run_is_resumed_into_another_folder(make_trainer, plain_source, tmp_pa
     assert len(manifest["WarmStartCallback[encoder]"]["frozen"]) == 9
 
 
+@pytest.mark.filterwarnings("ignore:.torch.cpu.amp.autocast:FutureWarning")  # which releases before 5 ask for
 def test_under_bf16_the_values_are_the_file_s(make_trainer, bert_source):
     model, start = bert(), Start()
     make_trainer(model, WarmStartCallback(bert_source), start, bf16=True).train()
@@ -165,7 +166,7 @@ def test_a_callback_that_was_attached_to_another_trainer_is_not_attached_to_this
     manifest = tmp_path / "run" / "checkpoint-4" / "warmstart.json"
     manifest.write_text(manifest.read_text().replace("encoder.0.", "encoder.3."))
     second = make_trainer(Plain(), callback, num_train_epochs=2, report_to=["tensorboard"])
-    with pytest.raises(FrozenChangedError, match="2 frozen tensors, this one has 2"), pytest.warns(UserWarning):
+    with pytest.raises(FrozenChangedError, match="2 frozen tensors, this one has 2"):
         second.train(resume_from_checkpoint=True)
     third = make_trainer(Plain(), callback, report_to=["tensorboard"])
     third.train()
