@@ -32,7 +32,7 @@ from warmstart.mapping.plan.plan import Read, Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
 from warmstart_transformers.model_card import add_ancestor
-from warmstart_transformers.models import ModelLifecycle, mark_loaded
+from warmstart_transformers.models import ModelLifecycle, mark_loaded, reach_past_frozen
 from warmstart_transformers.sharding import is_sharding, refuse_placeholders, refuse_sharding, trains_by_deepspeed
 from warmstart_transformers.trackers import log_report, save_report
 
@@ -119,6 +119,7 @@ class WarmStartCallback(TrainerCallback):
         self._trainer: weakref.ref[Trainer] | None = None
         self._folder: str | None = None  # the run's
         self._resuming: str | None = None  # the checkpoint that `train` was given
+        self._epoch = 0  # of this training: the state's is a fraction of `max_steps` where a dataset has no length
         self._first_step = False
         _CALLBACKS.add(self)
 
@@ -184,13 +185,13 @@ class WarmStartCallback(TrainerCallback):
 
     def _before_train(self, trainer: Trainer, train: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(train)
-        def loaded(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-            given = resume_from_checkpoint
+        def loaded(*args: Any, **kwargs: Any) -> Any:  # as given: a subclass may have a signature of its own
+            given = args[0] if args else kwargs.get("resume_from_checkpoint")
             self._resuming = _newest_checkpoint(trainer.args.output_dir) if given is True else (given or None)
             try:
                 if trainer.model_init is None:
                     self._load(_model(trainer), trainer.optimizer)
-                return train(resume_from_checkpoint, *args, **kwargs)
+                return train(*args, **kwargs)
             finally:
                 self._resuming = None
 
@@ -251,6 +252,7 @@ class WarmStartCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        self._trainer = None  # this one may be another than was attached
         self._follow(args, control)
         self._load(model, optimizer)
 
@@ -276,6 +278,9 @@ class WarmStartCallback(TrainerCallback):
         if resumed and self._trainer is None:  # attached, it knows the checkpoint and has asked it before
             folder = os.path.join(str(args.output_dir), f"checkpoint-{state.global_step}")
             self._life.resume(model, self._manifest(folder))
+        if self._life.frozen is not None:
+            reach_past_frozen(model)
+        self._epoch = int(state.epoch or 0)
         first = self._life.start(
             model,
             resumed=resumed,
@@ -283,6 +288,10 @@ class WarmStartCallback(TrainerCallback):
             progress=self._progress(state),
             bears_unused=args.world_size == 1 or is_sharding() or _finds_unused(args, model),
         )
+        if (
+            self._life.waiting is None
+        ):  # what made up for a lost source must stay known: auto_find_batch_size starts again
+            self._life.watch(model)  # training may be interrupted, and resumed in the same process
         self._first_step = first
         if first and self._log:
             self._tell(args, state)
@@ -306,7 +315,7 @@ class WarmStartCallback(TrainerCallback):
         return [c for c in _CALLBACKS if c._run is not None and c._run() is run] if run is not None else []
 
     def _progress(self, state: TrainerState) -> int:
-        return state.global_step if self._life.unfreeze_unit == "step" else int(state.epoch or 0)
+        return state.global_step if self._life.unfreeze_unit == "step" else self._epoch
 
     @override
     def on_epoch_begin(
@@ -350,6 +359,7 @@ class WarmStartCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._epoch += 1
         self._life.guard(full=False)
 
     @override
@@ -363,7 +373,7 @@ class WarmStartCallback(TrainerCallback):
     ) -> None:
         self._life.guard(full=True)
         if model is not None:
-            self._life.watch(model)  # `train()` may come again, and resume
+            self._life.watch(model)  # anew: the best model may have been loaded at the end
 
 
 # All of this process: the Trainer shows a callback none of its others.

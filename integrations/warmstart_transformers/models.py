@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
-from warmstart import MappingError, Plan, Pretrained, Report
+from warmstart import MappingError, Plan, Pretrained, Report, TimingError
 from warmstart.lifecycle import Lifecycle
 from warmstart.mapping.model.names import strip
 
@@ -50,6 +51,34 @@ def mark_loaded(model: nn.Module, report: Report) -> None:
                 tensor._is_hf_initialized = True
         if own and own.keys() <= loaded:  # what releases before 5 look at
             module._is_hf_initialized = True
+
+
+def reach_past_frozen(model: nn.Module) -> None:
+    """Let gradients reach what trains behind frozen layers, where reentrant checkpointing would end them there.
+
+    It passes on none for a layer whose inputs need none, as behind frozen embeddings. transformers' own remedy makes the
+    embeddings' outputs need them; its releases before 5 apply it for adapters alone, later ones for text.
+
+    Raises:
+        TimingError: The model does not say where its embeddings are.
+    """
+    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules() if _checkpoints(m)]
+    if all(getattr(function, "keywords", {}).get("use_reentrant", True) is False for function in functions):
+        return
+    remedy = getattr(model, "enable_input_require_grads", None)
+    with contextlib.suppress(NotImplementedError):
+        if callable(remedy):
+            remedy()
+    if getattr(model, "_require_grads_hook", None) is None:
+        raise TimingError(
+            f"{type(model).__name__} checkpoints activations reentrantly, which ends gradients at what is frozen, and does not "
+            'say where its embeddings are\n  -> gradient_checkpointing_kwargs={"use_reentrant": False} '
+            '(activation_checkpointing_kwargs={"use_reentrant": False} in later releases)'
+        )
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _into_base(part: Pretrained, number: int, draft: Plan[Report], prefix: str) -> Pretrained:

@@ -100,7 +100,11 @@ def _wandb(
         return
     wandb.run.config.update({"warmstart": summary(report)}, allow_val_change=True)
     table = wandb.Table(columns=["report"], data=[[report.to_markdown()]])
-    picture = {"warmstart/coverage_map": wandb.Image(report.figure())} if _draws() else {}
+    picture: dict[str, Any] = {}
+    if _draws():
+        import matplotlib.pyplot  # noqa: F401 - wandb looks into it, and does not import it
+
+        picture["warmstart/coverage_map"] = wandb.Image(report.figure())
     wandb.run.log({**scalars, **picture, "warmstart/report": table, "train/global_step": state.global_step})
 
 

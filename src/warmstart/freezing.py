@@ -77,12 +77,14 @@ class Frozen:
         held: Held = "eval",
         trained: frozenset[str] | None = None,
         rows: Mapping[str, HeldRows] | None = None,
+        row_targets: Mapping[str, Target] | None = None,
         row_names: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.model = model
         self._targets = {target.name: target for target in targets}
         self.declared = self.names
         self.rows = dict(rows or {})
+        self._row_targets = dict(row_targets or {})
         self._row_names = dict(row_names or {})
         # Only what trained before will train again when it is released.
         training = frozenset(t.name for t in targets if t.kind == "parameter" and t.tensor.requires_grad)
@@ -152,7 +154,7 @@ class Frozen:
     def follow(self, *, resumed: bool) -> None:
         """Go on with the shards that an engine has made of whole frozen parameters, or put in their place; each rank calls it.
 
-        The shards of all ranks together must be what was frozen, unless a resume has put the run's own values there.
+        The shards of all ranks together must be what was frozen or held, unless a resume has put the run's own values there.
         """
         live = Live(self.model)
         for name, target in sorted(self._targets.items()):
@@ -163,6 +165,11 @@ class Frozen:
                 self._targets[name] = dataclasses.replace(target, tensor=tensor)
                 self._fingerprints[name] = _Fingerprint.of(tensor)
         self._deferred = [self._targets[target.name] for target in self._deferred]
+        for name, rows in sorted(self.rows.items()):
+            tensor = live.tensor(self._row_targets[name])
+            if tensor is not None and is_sharded(tensor) and not is_sharded(rows.tensor):
+                rows.follow(tensor, resumed=resumed)
+                self._row_targets[name] = dataclasses.replace(self._row_targets[name], tensor=rows.tensor)
 
     def rebase(self, *, all_values: bool) -> None:
         """Take the present values as the frozen ones: all (a resume put the run's own there), or where the dtype changed."""
@@ -312,13 +319,12 @@ def freeze_entries(
         tensor = targets.entries[name].tensor
         if id(tensor) not in frozen and id(tensor) not in held_rows:
             held_rows[id(tensor)] = (name, HeldRows(tensor, mask))
+    row_targets = {name: targets.entries[name] for name, _ in held_rows.values()}
     names_of = {
-        name: tuple(
-            s for tied in targets.groups.get(targets.entries[name].canonical, [name]) for s in targets.spellings(tied)
-        )
-        for name, _ in held_rows.values()
+        name: tuple(s for tied in targets.groups.get(target.canonical, [name]) for s in targets.spellings(tied))
+        for name, target in row_targets.items()
     }
-    return Frozen(model, list(chosen.values()), held, trained, dict(held_rows.values()), names_of)
+    return Frozen(model, list(chosen.values()), held, trained, dict(held_rows.values()), row_targets, names_of)
 
 
 def freeze_patterns(model: nn.Module, patterns: Patterns, held: Held = "eval") -> Frozen:

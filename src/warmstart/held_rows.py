@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from warmstart.shards import Box, full_shape, is_sharded, local_of, shard_of
+from warmstart.shards import Box, full_shape, gathered, is_sharded, local_of, shard_of
 from warmstart.tensors import digest, sample
 
 
@@ -23,7 +23,7 @@ class HeldRows:
     Attributes:
         tensor: The parameter.
         dim: The dimension that the rows are counted along.
-        index: The rows, an int64 tensor.
+        index: The rows that this process has, an int64 tensor, counted in its own part of a sharded parameter.
     """
 
     def __init__(self, tensor: Tensor, mask: Tensor | None) -> None:
@@ -33,23 +33,39 @@ class HeldRows:
             tensor: The parameter.
             mask: Booleans that broadcast to it and vary along one dimension at most; None holds every row.
         """
-        self.tensor = tensor
         varying = [d for d in range(tensor.dim()) if mask is not None and mask.shape[d - tensor.dim()] > 1]
         self.dim = varying[0] if varying else 0
         size = full_shape(tensor)[self.dim]
         self._rows = torch.ones(size, dtype=torch.bool) if mask is None else mask.reshape(-1).expand(size)
-        shard = shard_of(tensor)
-        here = Box((shard.region.spans[self.dim],)).take(self._rows) if isinstance(shard.region, Box) else self._rows
-        self.index = here.nonzero().reshape(-1).to(tensor.device)
         self._kept: Tensor | None = None
         self._hook: RemovableHandle | None = None
         self.released = False
         for other in list(_ACTIVE):
             if other.tensor is tensor:  # of a load before this one
                 other.release()
+        self._take(tensor)
+        _watch(self)
+
+    def _take(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        shard = shard_of(tensor)
+        here = Box((shard.region.spans[self.dim],)).take(self._rows) if isinstance(shard.region, Box) else self._rows
+        self.index = here.nonzero().reshape(-1).to(tensor.device)
         self._set_hook()
         self.rebase()
-        _watch(self)
+
+    def follow(self, tensor: Tensor, *, resumed: bool) -> None:
+        """Go on with the shards that an engine has put in the place of the whole parameter; each rank calls it.
+
+        The shards of all ranks together must have the held rows, unless a resume has put the run's own there.
+        """
+        whole = gathered(tensor)
+        rows = whole.index_select(self.dim, self._rows.nonzero().reshape(-1).to(whole.device))
+        if resumed or digest(rows.to(self._digests[0])) == self._digests[1]:
+            if self._hook is not None:
+                self._hook.remove()
+                self._hook = None
+            self._take(tensor)
 
     def _set_hook(self) -> None:
         if self._hook is None and self.tensor.requires_grad:

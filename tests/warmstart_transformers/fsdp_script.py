@@ -15,6 +15,7 @@ from tiny import bert, texts
 from torch.distributed.tensor import DTensor
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
+from warmstart import MapRows
 from warmstart_transformers import WarmStartCallback
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -91,6 +92,17 @@ def warm(**kwargs):
     return WarmStartCallback(folder / "bert.safetensors", **kwargs)
 
 
+# 43 rows do not divide by two; the last three are new, the others come back to front
+TABLE = "bert.embeddings.word_embeddings.weight"
+HELD = {"*word_embeddings": MapRows(old=list(range(40)), new=[*reversed(range(40)), 40, 41, 42], freeze_old=True)}
+
+
+def resized(seed):
+    model = bert(seed)
+    model.resize_token_embeddings(43, mean_resizing=False)
+    return model
+
+
 def from_pretrained_on_one_rank():
     """As `accelerate launch --fsdp_cpu_ram_efficient_loading true` has it."""
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -111,6 +123,9 @@ if __name__ == "__main__":
     run("unfrozen", bert(rank), warm(freeze="bert.encoder", unfreeze={1: "bert.encoder.layer.1"}), epochs=2)
     run("corrupted", bert(rank), Write("on_train_begin", "bert.pooler.dense.weight"), warm())
     run("drifted", bert(rank), Write("on_step_end", "bert.encoder.layer.0.output.dense.weight"), warm(freeze=True))
+    run("rows", resized(rank), warm(adapt=HELD))
+    run("rows resumed", resized(rank + 2), warm(adapt=HELD), epochs=2, resume="rows/checkpoint-2")
+    run("rows drifted", resized(rank), Write("on_step_end", TABLE), warm(adapt=HELD))
     full = {"state_dict_type": "FULL_STATE_DICT"}
     run("full", bert(rank), warm(), **full)
     run("full resumed", bert(rank + 2), warm(), epochs=2, resume="full/checkpoint-2", **full)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import BEFORE_5
 
 FOLDER = Path(__file__).parent
 
@@ -67,6 +68,7 @@ def test_frozen_parts_stay_and_the_others_train_alike(ranks):
     assert end["pooler.dense.weight"] != source["pooler.dense.weight"]
 
 
+@pytest.mark.skipif(BEFORE_5, reason="releases before 5 restore no optimizer to several CPUs: torch knows no 'cpu:0'")
 def test_a_resumed_run_keeps_its_own_on_all_ranks(ranks):
     (zero, one), _ = ranks
     assert zero["resumed"]["start"] == one["resumed"]["start"] == zero["frozen"]["end"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import Plain, bert, equal, weights
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification, ViTModel
 
-from warmstart import FrozenChangedError, MappingError
+from warmstart import FrozenChangedError, MappingError, TimingError
 from warmstart_transformers import WarmStartCallback
 
 CHECKPOINTING = next(  # by its name in later releases, and in earlier ones
@@ -77,6 +77,42 @@ def test_field_note_22_a_frozen_bert_under_gradient_checkpointing(make_trainer, 
     assert not any(torch.equal(now[name], source[name]) for name in now.keys() - frozen if name.endswith("weight"))
     assert not any(name.startswith(("bert.embeddings", "bert.encoder.layer.0")) for name in watch.optimizer)
     assert not any(training for _, _, training in watch.outputs)
+
+
+def vit() -> ViTForImageClassification:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return ViTForImageClassification(ViTConfig(image_size=4, patch_size=2, **sizes))
+
+
+@pytest.fixture
+def reentrant(make_trainer):
+    """A Trainer of a ViT that is frozen up to its last layer; of images the library does not know that it should ask."""
+    source, model = weights(vit()), vit()
+    frozen = [name for name in source if "embeddings" in name or ".0." in name]
+    images = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    data = [{"pixel_values": image, "labels": i % 2} for i, image in enumerate(images)]
+    options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
+    return source, make_trainer(model, WarmStartCallback(source, freeze=frozen), data=data, **options)
+
+
+def test_field_note_22_gradients_reach_what_trains_behind_frozen_layers_under_reentrant_checkpointing(reentrant):
+    """It ends them at a layer whose inputs need none, and what lies behind would never train, without an error."""
+    source, trainer = reentrant
+    trainer.train()
+    matrices = {name: value for name, value in weights(trainer.model).items() if name.endswith("weight")}
+    moved = {name for name, value in matrices.items() if not torch.equal(value, source[name])}
+    assert moved == {name for name in matrices if "embeddings" not in name and ".0." not in name}
+
+
+def test_field_note_22_where_no_gradient_can_pass_training_does_not_start(reentrant, monkeypatch):
+    def unknown(self):
+        raise NotImplementedError
+
+    monkeypatch.setattr(ViTModel, "get_input_embeddings", unknown)
+    source, trainer = reentrant
+    with pytest.raises(TimingError, match=r'gradient_checkpointing_kwargs=\{"use_reentrant": False\}'):
+        trainer.train()
+    assert equal(weights(trainer.model), source)
 
 
 def test_what_moves_a_frozen_tensor_is_named_at_the_epoch_s_end(make_trainer, plain_source):

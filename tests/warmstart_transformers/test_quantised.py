@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import bert
+from tiny import bert, bert_config
 from transformers import BertForSequenceClassification, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from warmstart import MappingError
@@ -50,11 +50,13 @@ def configuration(kind: str):
 def test_what_transformers_quantised(make_trainer, bert_source, tmp_path, kind, quantiser):
     """The Trainer itself refuses those without an adapter on top; with one, they come to us."""
     try:
-        config = configuration(kind)
+        quantization = configuration(kind)
     except ImportError as error:
         pytest.skip(str(error))
-    bert(7).save_pretrained(tmp_path / "model")
-    base = BertForSequenceClassification.from_pretrained(tmp_path / "model", quantization_config=config)
+    config = bert_config()
+    config.hidden_size = config.intermediate_size = 64  # bitsandbytes' own kernels take no smaller ones
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    base = BertForSequenceClassification.from_pretrained(tmp_path / "model", quantization_config=quantization)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"]))
     tokens = torch.arange(6)[None]
     with torch.no_grad():

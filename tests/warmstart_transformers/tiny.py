@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+BEFORE_5 = int(transformers.__version__.partition(".")[0]) < 5
 
 
 class Plain(nn.Module):

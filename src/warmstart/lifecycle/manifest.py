@@ -91,7 +91,7 @@ def _spans(frozen: Frozen | None) -> Spans:
     out: Spans = {}
     for name, held in frozen.rows.items() if frozen is not None else ():
         spans: list[list[int]] = []
-        for row in held.index.tolist():
+        for row in held.mask.reshape(-1).nonzero().reshape(-1).tolist():  # of all ranks together
             if spans and spans[-1][1] == row:
                 spans[-1][1] = row + 1
             else:
