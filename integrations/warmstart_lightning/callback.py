@@ -105,6 +105,7 @@ class WarmStart(Callback):
         if "fit" not in self._stages or not set(self._stages) <= set(_STAGES):
             raise MappingError(f'stages={stages!r}: "fit", and any of "validate", "test" and "predict"')
         self._key = name if name is not None else "+".join(part.into for part in parts)
+        self._state_key = self._generate_state_key(into=self._key)  # Lightning asks for it around every hook of every batch
         self._logs = log  # Lightning puts its own `log` on callbacks
         self.drift: dict[str, float] = {}
         self._moment: Moment = "set up"
@@ -123,7 +124,7 @@ class WarmStart(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(into=self._key)
+        return self._state_key
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
