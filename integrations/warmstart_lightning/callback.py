@@ -35,6 +35,10 @@ from warmstart_lightning.once import Once
 from warmstart_lightning.strategies import Moment, moment, own_optimizers
 
 _STAGES = ("fit", "validate", "test", "predict")
+_EVERY_BATCH = (
+    "on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
+    "on_train_batch_end",
+)  # fmt: skip
 
 
 class WarmStart(Callback):
@@ -109,6 +113,8 @@ class WarmStart(Callback):
         if "fit" not in self._stages or not set(self._stages) <= set(_STAGES):
             raise MappingError(f'stages={stages!r}: "fit", and any of "validate", "test" and "predict"')
         self._key = name if name is not None else "+".join(part.into for part in parts)
+        # Made once: Lightning asks for it around every hook of every batch.
+        self._state_key = self._generate_state_key(into=self._key)
         self._logs = log  # Lightning puts its own `log` on callbacks
         self.drift: dict[str, float] = {}
         self._moment: Moment = "set up"
@@ -127,11 +133,12 @@ class WarmStart(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(into=self._key)
+        return self._state_key
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._checked = self._first_batch = False
+        self._wake()
         if stage not in self._stages:
             return
         self._moment = moment(trainer, self._stages)
@@ -203,6 +210,7 @@ class WarmStart(Callback):
         refuse_frozen(trainer, self._life.frozen)
         # A learning rate finder stands before us and has had a trial run of its own by now.
         self._checked = self._first_batch = False
+        self._wake()
         self._life.rearm()
 
     @override
@@ -282,6 +290,18 @@ class WarmStart(Callback):
             self._life.check_first_batch(pl_module)
         if self._life.unfreeze_unit == "step":
             self._life.advance(self._progress(trainer))
+        elif self in _warm_starts(trainer):
+            self._rest()
+
+    def _rest(self) -> None:
+        """Have no more hooks of a batch: Lightning enters its profiler for each that can be called, 20 us a batch in all."""
+        for name in _EVERY_BATCH:
+            if getattr(type(self), name) is getattr(WarmStart, name):
+                self.__dict__[name] = None
+
+    def _wake(self) -> None:
+        for name in _EVERY_BATCH:
+            self.__dict__.pop(name, None)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -292,6 +312,7 @@ class WarmStart(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._wake()
         self._life.guard(full=True)
         notes = averaged_notes(trainer, self._life.frozen)
         for note in notes:
@@ -302,6 +323,7 @@ class WarmStart(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._end_wrap()
+        self._wake()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

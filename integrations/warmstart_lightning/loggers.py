@@ -86,7 +86,7 @@ _FIGURE: dict[str, _Writer] = {
     "MLFlowLogger": lambda to, report, step: to.experiment.log_figure(
         to.run_id, report.figure(), "warmstart/coverage.png"
     ),
-    "WandbLogger": lambda to, report, step: to.log_image(key="warmstart/coverage", images=[report.figure()]),
+    "WandbLogger": lambda to, report, step: to.log_image(key="warmstart/coverage_map", images=[report.figure()]),
     "CometLogger": lambda to, report, step: to.experiment.log_figure("warmstart/coverage", report.figure(), step=step),
 }
 

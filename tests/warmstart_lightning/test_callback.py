@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
@@ -357,6 +358,47 @@ def test_field_note_22_gradient_checkpointing_reaches_the_first_layer_that_train
     assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith("3"))
     assert not torch.equal(after["3.weight"], before["3.weight"])
     assert not torch.equal(after["3.bias"], before["3.bias"])
+
+
+def test_field_note_22_reentrant_checkpointing_past_frozen_layers_is_an_error_before_the_first_step(tmp_path, source):
+    module = Checkpointed()
+    module.use_reentrant = True
+    before = copy.deepcopy(module.head.state_dict())
+    warm = WarmStart(source, into="encoder", freeze=["encoder.0", "encoder.1"])
+    # The sanity check validates by the same path, and is no alarm.
+    with pytest.raises(TimingError, match=r"^encoder\.3 runs in reentrant(.|\n)*use_reentrant=False"):
+        trainer(tmp_path, warm, num_sanity_val_steps=1).fit(module, data(), data())
+    assert equal(module.head.state_dict(), before)
+
+
+class Own(WarmStart):
+    """A user's subclass with a hook of its own."""
+
+    batches = 0
+
+    def on_after_backward(self, trainer, pl_module):
+        super().on_after_backward(trainer, pl_module)
+        self.batches += 1
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt])
+def test_after_the_first_batch_lightning_finds_no_hook_of_a_batch_but_a_subclass_s_own(tmp_path, source, end):
+    """Each that it finds costs some microseconds at every batch, also one that does nothing."""
+    hooks = ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
+    found = []
+
+    def look(module):
+        found.append([name for name in hooks if callable(getattr(callback, name))])
+        if end is not None:
+            raise end
+
+    callback = Own(source, into="encoder", freeze=True)
+    run = trainer(tmp_path, callback, Overwrite("on_train_batch_end", look), max_epochs=1)
+    with pytest.raises(SystemExit) if end else contextlib.nullcontext():
+        run.fit(Module(), data())
+    assert found == [["on_after_backward"]] * (1 if end else 4)
+    assert callback.batches == len(found)
+    assert all(callable(getattr(callback, name)) for name in hooks)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed", "64-true"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from warmstart.errors import TimingError
 from warmstart.freezing import Frozen, Held, freeze_entries
 from warmstart.lifecycle.manifest import Freeze, changes, mask
+from warmstart.lifecycle.reentrance import ReentrantWatch
 from warmstart.lifecycle.schedule import Schedule, optional
 from warmstart.mapping.grouping import listed
 from warmstart.mapping.model.targets import Targets
@@ -32,6 +33,7 @@ class Holding:
         self._schedule, self._held, self._on_change = schedule, held, on_change
         self._released: tuple[str, ...] = ()
         self._progress = -1
+        self._watch: ReentrantWatch | None = None
 
     def take(self, frozen: Frozen | None) -> None:
         """Hold what was frozen just now. What the schedule will release goes into the optimizer and the wrapper first."""
@@ -94,7 +96,7 @@ class Holding:
         # Not before: the optimizer was made without them, and its state was restored so.
         if names := [glob.escape(name) for name in self._released if name in self.frozen.names]:
             self.frozen.release(names)
-        self.advance(progress)
+        self._release_due(progress)
         later = [name for name in self.staged if name in self.frozen.trained.intersection(self.frozen.names)]
         if later and not bears_unused:
             raise TimingError(
@@ -104,6 +106,7 @@ class Holding:
         # A host may have cast the model since; a restore has put other values there.
         self.frozen.rebase(all_values=resumed)
         self.frozen.check(sampled=True)
+        self._watch_anew()
 
     def advance(self, progress: int) -> tuple[str, ...]:
         """Release what the schedule releases after `progress` units of training.
@@ -111,9 +114,26 @@ class Holding:
         Returns:
             The entries that train from now on.
         """
+        released = self._release_due(progress)
+        if released:
+            self._watch_anew()
+        return released
+
+    def _release_due(self, progress: int) -> tuple[str, ...]:
         due = self._schedule.due(self._progress, progress)
         self._progress = progress
         return self.frozen.release(optional(due)) if self.frozen is not None and due else ()
+
+    def _watch_anew(self) -> None:
+        self.end()
+        if self.frozen:
+            self._watch = ReentrantWatch(self.frozen.model)
+
+    def end(self) -> None:
+        """Training is over: leave nothing in the model that looks at its batches."""
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def check(self, *, sampled: bool) -> None:
         """Compare the frozen tensors with their digests.

@@ -470,13 +470,15 @@ class Lifecycle:
         self._trained = True
 
     def guard(self, *, full: bool) -> None:
-        """Compare the frozen tensors with their digests, sampled or in full.
+        """Compare the frozen tensors with their digests, sampled or, at the end of training, in full.
 
         Raises:
             FrozenChangedError: A frozen tensor moved.
         """
         with raised_on_all("check of what is frozen"):
             self._freeze.check(sampled=not full)
+        if full:
+            self._freeze.end()
 
     def state(self) -> dict[str, Any]:
         """What a descendant of this run should know, as plain JSON types."""

@@ -1,0 +1,178 @@
+"""Field note 22: reentrant gradient checkpointing behind what is frozen gives no gradients; who is told of it, and who not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from warmstart import Pretrained, TimingError
+from warmstart.lifecycle import Lifecycle
+
+# What torch says of it: no module is named, and the rest trains.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad",
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # the Trainer asks by an old name
+)
+
+
+class Net(nn.Module):
+    """Four layers, each run in a checkpoint of its own."""
+
+    def __init__(self, *, reentrant: bool = True, whole: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
+        self.head, self.unused = nn.Linear(4, 2), nn.Linear(4, 2)
+        self.reentrant, self.whole = reentrant, whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in (self.layers,) if self.whole else self.layers:
+            x = checkpoint(part, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+def started(model: nn.Module, freeze: object = "layers.0", **options: object) -> Lifecycle:
+    """A run of `model` from weights in memory, about to train."""
+    source = {name: torch.full_like(value, 0.1) for name, value in model.state_dict().items()}
+    life = Lifecycle([Pretrained(source, freeze=freeze)], **options)
+    life.apply(model)
+    life.start(model, resumed=False)
+    return life
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+X = torch.linspace(-1, 1, 12).reshape(3, 4)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["each layer", "all layers in one"])
+def test_what_would_get_no_gradient_is_named_before_the_first_step(whole):
+    model = Net(whole=whole)
+    started(model)
+    with pytest.raises(TimingError, match=r"^layers\.1\.0 runs in reentrant(.|\n)*use_reentrant=False"):
+        model(X)
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "freeze"),
+    [
+        ({"reentrant": False}, "layers.0"),
+        ({}, "layers"),  # in the checkpoints is nothing that trains
+        ({}, "head"),  # torch's own matter: nothing in front of them is frozen; see below
+    ],
+    ids=["not reentrant", "frozen as a whole", "input that needs a gradient"],
+)
+def test_who_trains_is_let_train_and_nothing_is_left_behind(options, freeze):
+    model = Net(**options)
+    del model.unused
+    started(model, freeze)
+    model(X.requires_grad_(freeze == "head")).sum().backward()
+    X.requires_grad_(False)
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, _ in model.named_parameters() if not name.startswith(freeze)
+    }
+    assert hooks(model) == 0
+
+
+def test_what_no_forward_uses_is_no_alarm_and_is_let_go_at_the_end_of_training():
+    model = Net(reentrant=False)
+    life = started(model)
+    for _ in range(2):
+        model(X).sum().backward()
+    assert model.unused.weight.grad is None
+    assert hooks(model) == 2  # of the model and of the layer that waits
+    life.guard(full=True)
+    assert hooks(model) == 0
+
+
+def test_a_teacher_s_forward_without_gradients_is_no_alarm_and_the_student_s_is():
+    """The same model, in training mode, as reinforcement learning runs it for its old probabilities."""
+    model = Net()
+    started(model)
+    with torch.no_grad():
+        model(X)
+    with pytest.raises(TimingError, match=r"layers\.1\.0"):
+        model(X)
+
+
+def test_validation_is_no_alarm_and_training_after_it_is():
+    model = Net()
+    started(model)
+    with torch.no_grad():
+        model.eval()(X)
+    with pytest.raises(TimingError, match=r"layers\.1\.0"):
+        model.train()(X)
+
+
+def test_a_checkpoint_within_another_that_has_gradients_is_no_alarm():
+    model = Net()
+    del model.unused
+    started(model)
+    model.layers.requires_grad_(True)
+
+    x = X.clone().requires_grad_(True)
+    checkpoint(model, x, use_reentrant=True).sum().backward()
+    assert model.layers[1][0].weight.grad is not None
+
+
+def test_a_release_behind_what_stays_frozen_is_looked_at_anew():
+    model = Net()
+    life = started(model, "layers", unfreeze={1: "layers.2"})
+    model(X).sum().backward()
+    life.advance(1)
+    with pytest.raises(TimingError, match=r"^layers\.2\.0 runs"):
+        model(X)
+
+
+def test_a_run_that_freezes_nothing_is_left_to_torch():
+    model = Net()
+    started(model, False)
+    assert hooks(model) == 0
+
+
+def test_copies_and_compiled_models_train_as_the_model_does():
+    model = Net(reentrant=False)
+    started(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.compile(model, backend="eager")):
+        twin(X).sum().backward()
+        assert next(p for name, p in twin.named_parameters() if name.endswith("layers.1.0.weight")).grad is not None
+
+
+def test_a_transformers_trainer_stops_and_trains_with_the_line_that_the_message_gives(tmp_path):
+    """A model of images: of one of words, transformers has the embeddings' output need a gradient by itself."""
+    transformers = pytest.importorskip("transformers")
+    from warmstart_transformers import WarmStartCallback
+
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 8, "patch_size": 4}
+    config = transformers.ViTConfig(**sizes, num_hidden_layers=2)
+    rows = [{"pixel_values": torch.full((3, 8, 8), n / 4), "labels": n % 2} for n in range(4)]
+    name = next(
+        n for n in transformers.ViTModel(config).state_dict() if n.endswith("fc1.weight") or "intermediate" in n
+    )
+
+    def trained(reentrant: bool) -> bool:
+        """Whether the first layer that is not frozen moved."""
+        model = transformers.ViTForImageClassification(config)
+        source = {name: value.clone() for name, value in model.state_dict().items()}
+        args = transformers.TrainingArguments(
+            output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True,
+            learning_rate=0.1, **{checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": reentrant}},
+        )  # fmt: skip
+        warm = WarmStartCallback(source, freeze="vit.embeddings", log=False)
+        transformers.Trainer(model, args, train_dataset=rows, callbacks=[warm]).train()
+        return not torch.equal(model.state_dict()[f"vit.{name}"], source[f"vit.{name}"])
+
+    names = ("activation_checkpointing", "gradient_checkpointing")  # in later releases, and in earlier ones
+    checkpointing = next(n for n in names if hasattr(transformers.TrainingArguments, n))
+    with pytest.raises(
+        TimingError, match=r'^vit\.\S* runs(.|\n)*gradient_checkpointing_kwargs=\{"use_reentrant": False\}'
+    ):
+        trained(reentrant=True)
+    assert trained(reentrant=False)
