@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import LEAVES, Item, matched
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
-from warmstart.mapping.suggesting.matching import Candidate, Side
+from warmstart.mapping.suggesting.matching import Candidate, Side, own_partner
 from warmstart.mapping.suggesting.siblings import Siblings
 from warmstart.mapping.suggesting.spelling import spelled_alike
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
@@ -56,7 +56,11 @@ def judged(
     for link in links:
         a, b = link.extra
         some = link.evidence >= Evidence.SOME_WORDS
-        owned = _both_own(link, keys, entries) or not siblings.go_along(link.key.path, link.entry.path)
+        owned = (
+            _both_own(link, keys, entries)
+            or any(own_partner(keys, x.path, entries, y.path, link.place) for x, y in matched(link.key, link.entry))
+            or not siblings.go_along(link.key.path, link.entry.path)
+        )
         if link.evidence == Evidence.WORDS or (
             not owned
             and (link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT))

@@ -46,6 +46,7 @@ class Side:
     templates: Sequence[Template]
     lexicon: Lexicon
     paths: set[Path] = field(default_factory=set)
+    names: set[Path] = field(default_factory=set)
     segments: set[str] = field(default_factory=set)
     parents: Counter[str] = field(default_factory=Counter)
     words: Counter[str] = field(default_factory=Counter)
@@ -56,6 +57,7 @@ class Side:
 
     def __post_init__(self) -> None:
         for template in self.templates:
+            self.names.add(template.path)
             self.segments.update(template.path)
             words = [word for segment in template.path for word in self.lexicon.content(segment)]
             self.words.update(words)
@@ -114,10 +116,12 @@ def candidates(keys: Side, entries: Side) -> dict[Template, list[Candidate]]:
             for entry, other in there:
                 if entry in best or not _overlap(key, entry):
                     continue
-                if _numbers_agree(keys, key, start, entries, entry, other) and order_agrees(
-                    keys, key.path[start:], entries, entry.path[other:]
+                place = key.path[:start], entry.path[:other]
+                if (
+                    _numbers_agree(keys, key, start, entries, entry, other)
+                    and order_agrees(keys, key.path[start:], entries, entry.path[other:])
+                    and not own_partner(keys, key.path, entries, entry.path, place)
                 ):
-                    place = key.path[:start], entry.path[:other]
                     rank = _rank(key.path[start:], entry.path[other:], keys.lexicon)
                     best[entry] = Candidate(key, entry, place, words, rank)
         found[key] = list(best.values())
@@ -143,13 +147,32 @@ def order_agrees(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
     ) and not any(s in keys.segments for s in entry if s not in key and len(keys.lexicon.content(s)) > 1)
 
 
+def own_partner(keys: Side, key: Path, entries: Side, entry: Path, place: Place) -> bool:
+    """Whether one of two names below corresponding places is there on the other side as well, of whatever shape.
+
+    `mlp.c_fc` is not `mlp.c_proj` where both sides have both: it is transposed, or another model's.
+    """
+    a, b = key[len(place[0]) :], entry[len(place[1]) :]
+    return a != b and ((*place[1], *a) in entries.paths or (*place[0], *b) in keys.paths)
+
+
 def _numbers_agree(keys: Side, key: Template, start: int, entries: Side, entry: Template, other: int) -> bool:
-    """Whether numbers in unlike segments count from the same start: `conv1` of `conv1..3` is not `convs.1` of `convs.0..2`."""
+    """Whether numbers count from the same start: `conv1` of `conv1..3` is not `convs.1` of `convs.0..2`."""
     both = list(zip(_numbers(key.path, start), _numbers(entry.path, other), strict=False))
     return all(
-        x.segment == y.segment or (x.number == y.number and min(keys.families[x.row]) == min(entries.families[y.row]))
+        _count_alike(keys.families[x.row], entries.families[y.row], key.path == entry.path)
+        if x.segment == y.segment
+        else x.number == y.number and min(keys.families[x.row]) == min(entries.families[y.row])
         for x, y in both
     ) and not any(_spread_apart(keys, x, entries, y) for x, y in both)
+
+
+def _count_alike(a: set[int], b: set[int], same_path: bool) -> bool:
+    """Whether a number of two rows may be one: `norm1` of `norm0..1` is not that of `norm1..2`.
+
+    Under one path a row of which the other side has only some starts where these do.
+    """
+    return min(a) == min(b) or (same_path and (a <= b or b <= a))
 
 
 def spread_apart(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
