@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.indices import ListSets, shift
@@ -89,11 +89,12 @@ def infer(keys: Mapping[str, Shape], entries: Mapping[str, Shape], *, vocabulary
     lexicon = Lexicon(vocabulary)
     a, b = Side(found.keys, lexicon), Side(found.entries, lexicon)
     lists = ListSets.of(found.keys), ListSets.of(found.entries)
-    pairs = pair(a, b)
-    siblings = Siblings(((c.key, c.entry) for c in pairs.values()), a, b)
-    pairs = {key: c for key, c in pairs.items() if siblings.go_along(key.path, c.entry.path)}
-    beyond = structure(a, b, pairs, vocabulary)
-    for candidate in pairs.values():
+    pairing = pair(a, b)
+    siblings = Siblings(((c.key, c.entry) for c in pairing.pairs.values()), a, b)
+    along = {key: c for key, c in pairing.pairs.items() if siblings.go_along(key.path, c.entry.path)}
+    pairing = replace(pairing, pairs=along)
+    beyond = structure(a, b, pairing, vocabulary)
+    for candidate in pairing.pairs.values():
         _add(found, [(candidate.key, candidate.entry)], lists, None)
     for link in beyond.links:
         _add(found, matched(link.key, link.entry), lists, None if link in beyond.sure else link)
@@ -149,10 +150,14 @@ _WHY = {
     Evidence.SHAPES: "the only tensors of their shapes at corresponding places",
     Evidence.NUMBERS: "rows that count alike",
     Evidence.SOME_WORDS: "words in common at corresponding places",
+    Evidence.PHRASE: "names that mean the same at corresponding places",
+    Evidence.WORDS: "the same words at corresponding places",
 }
 
 
 def _why_not(link: Link) -> str:
+    if not any(link.extra):
+        return "the modules above them may as well be others"
     said = [" ".join(sorted(w.partition(" ")[0] for w in words)) for words in link.extra]
     if all(said):
         return f"nothing says that '{said[0]}' is '{said[1]}'"

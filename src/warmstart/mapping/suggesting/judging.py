@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import LEAVES, Item, matched
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
-from warmstart.mapping.suggesting.matching import Candidate, Side
+from warmstart.mapping.suggesting.matching import Candidate, Pairing, Side, own_partner
 from warmstart.mapping.suggesting.siblings import Siblings
 from warmstart.mapping.suggesting.spelling import spelled_alike
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
@@ -19,7 +19,7 @@ _SUPPORT = 3  # names that must differ by the same words before these say nothin
 
 
 def judged(
-    links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: Side, pairs: Mapping[Template, Candidate]
+    links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: Side, pairing: Pairing
 ) -> set[Link]:
     """Which links have enough for them to be applied.
 
@@ -28,6 +28,7 @@ def judged(
     even there one tensor of each side may be missing that would have been the other's partner, so that a shape and a
     place alone are never enough.
     """
+    pairs = pairing.pairs
     closed = _closed(links, twins, keys, entries, pairs)
     affixes: dict[Extra, set[frozenset[str]]] = defaultdict(set)
     rows: dict[object, set[frozenset[Shape]]] = defaultdict(set)
@@ -54,9 +55,15 @@ def judged(
     crossed = {above: _crossed(row) for above, row in beside.items()}
     sure = set()
     for link in links:
+        if pairing.is_contested(link.key.path, link.entry.path):
+            continue
         a, b = link.extra
         some = link.evidence >= Evidence.SOME_WORDS
-        owned = _both_own(link, keys, entries) or not siblings.go_along(link.key.path, link.entry.path)
+        owned = (
+            _both_own(link, keys, entries)
+            or any(own_partner(keys, x.path, entries, y.path, link.place) for x, y in matched(link.key, link.entry))
+            or not siblings.go_along(link.key.path, link.entry.path)
+        )
         if link.evidence == Evidence.WORDS or (
             not owned
             and (link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ Tail = tuple[Bag, Shape]
 _CROWD = 24  # tails that more templates share say nothing about which is which
 _SUPPORT = 3  # modules with different tails that must agree before two places with unlike names correspond
 _PREFIXED = 2  # and before all of one name stands behind a prefix
-_RIVAL = 2 / 3  # of the modules that agree on a place: with as many, a place of another name is as likely
+_RIVALS = 2  # and before a place of another name is as likely
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +46,7 @@ class Side:
     templates: Sequence[Template]
     lexicon: Lexicon
     paths: set[Path] = field(default_factory=set)
+    names: set[Path] = field(default_factory=set)
     segments: set[str] = field(default_factory=set)
     parents: Counter[str] = field(default_factory=Counter)
     words: Counter[str] = field(default_factory=Counter)
@@ -56,6 +57,7 @@ class Side:
 
     def __post_init__(self) -> None:
         for template in self.templates:
+            self.names.add(template.path)
             self.segments.update(template.path)
             words = [word for segment in template.path for word in self.lexicon.content(segment)]
             self.words.update(words)
@@ -114,10 +116,12 @@ def candidates(keys: Side, entries: Side) -> dict[Template, list[Candidate]]:
             for entry, other in there:
                 if entry in best or not _overlap(key, entry):
                     continue
-                if _numbers_agree(keys, key, start, entries, entry, other) and order_agrees(
-                    keys, key.path[start:], entries, entry.path[other:]
+                place = key.path[:start], entry.path[:other]
+                if (
+                    _numbers_agree(keys, key, start, entries, entry, other)
+                    and order_agrees(keys, key.path[start:], entries, entry.path[other:])
+                    and not own_partner(keys, key.path, entries, entry.path, place)
                 ):
-                    place = key.path[:start], entry.path[:other]
                     rank = _rank(key.path[start:], entry.path[other:], keys.lexicon)
                     best[entry] = Candidate(key, entry, place, words, rank)
         found[key] = list(best.values())
@@ -143,13 +147,32 @@ def order_agrees(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
     ) and not any(s in keys.segments for s in entry if s not in key and len(keys.lexicon.content(s)) > 1)
 
 
+def own_partner(keys: Side, key: Path, entries: Side, entry: Path, place: Place) -> bool:
+    """Whether one of two names below corresponding places is there on the other side as well, of whatever shape.
+
+    `mlp.c_fc` is not `mlp.c_proj` where both sides have both: it is transposed, or another model's.
+    """
+    a, b = key[len(place[0]) :], entry[len(place[1]) :]
+    return a != b and ((*place[1], *a) in entries.paths or (*place[0], *b) in keys.paths)
+
+
 def _numbers_agree(keys: Side, key: Template, start: int, entries: Side, entry: Template, other: int) -> bool:
-    """Whether numbers in unlike segments count from the same start: `conv1` of `conv1..3` is not `convs.1` of `convs.0..2`."""
+    """Whether numbers count from the same start: `conv1` of `conv1..3` is not `convs.1` of `convs.0..2`."""
     both = list(zip(_numbers(key.path, start), _numbers(entry.path, other), strict=False))
     return all(
-        x.segment == y.segment or (x.number == y.number and min(keys.families[x.row]) == min(entries.families[y.row]))
+        _count_alike(keys.families[x.row], entries.families[y.row], key.path == entry.path)
+        if x.segment == y.segment
+        else x.number == y.number and min(keys.families[x.row]) == min(entries.families[y.row])
         for x, y in both
     ) and not any(_spread_apart(keys, x, entries, y) for x, y in both)
+
+
+def _count_alike(a: set[int], b: set[int], same_path: bool) -> bool:
+    """Whether a number of two rows may be one: `norm1` of `norm0..1` is not that of `norm1..2`.
+
+    Under one path a row of which the other side has only some starts where these do.
+    """
+    return min(a) == min(b) or (same_path and (a <= b or b <= a))
 
 
 def spread_apart(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
@@ -206,19 +229,84 @@ def _rank(key: Path, entry: Path, lexicon: Lexicon) -> int:
     return 2 if sorted(a) == sorted(b) else 1
 
 
-def pair(keys: Side, entries: Side) -> dict[Template, Candidate]:
-    """The pairs that names in context are evidence for; each template is in one pair at most."""
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """What names in context say.
+
+    Attributes:
+        pairs: The pairs they are evidence for; each template is in one pair at most.
+        contested: Nodes of unlike names that as well may be other nodes: nothing below them is sure.
+    """
+
+    pairs: dict[Template, Candidate]
+    contested: frozenset[Place]
+
+    def is_contested(self, key: Path, entry: Path) -> bool:
+        """Whether two names would go together below nodes that may be others."""
+        return bool(self.contested) and any(
+            (key[:i], entry[:j]) in self.contested for i in range(1, len(key)) for j in range(1, len(entry))
+        )
+
+
+def pair(keys: Side, entries: Side) -> Pairing:
+    """Pair both sides by names in context."""
     found = candidates(keys, entries)
     votes: dict[Place, set[Tail]] = defaultdict(set)
     for key, options in found.items():
         for option in options:
             votes[option.place].add((_module(option, keys.lexicon), key.shape))
+    agreed = [place for place, tails in votes.items() if _agree(tails, _RIVALS)]
+    contested = _contested(agreed, keys, entries)
+    pairing = Pairing({}, contested)
     chosen: dict[Template, Candidate] = {}
     for key, options in found.items():
-        best = _best(options, votes, keys, entries)
+        best = _best([o for o in options if not pairing.is_contested(o.key.path, o.entry.path)], votes, keys, entries)
         if best is not None:
             chosen[key] = best
-    return _mutual(chosen, votes, keys.lexicon)
+    return Pairing(_mutual(chosen, votes), contested)
+
+
+def _contested(places: Iterable[Place], keys: Side, entries: Side) -> frozenset[Place]:
+    """Nodes of unlike names of which either may be another's: of two towers, what is missing does not tell which it is."""
+    images: tuple[dict[Path, set[Path]], ...] = (defaultdict(set), defaultdict(set))
+    for key, entry in places:
+        images[0][key].add(entry)
+        images[1][entry].add(key)
+    nodes = {_node(place, keys.lexicon) for place in places}
+    unlike = [node for node in nodes if all(replaced(node, keys.lexicon)) and not _named(node, images, keys, entries)]
+    by_end: dict[tuple[int, Path], list[Place]] = defaultdict(list)
+    for node in unlike:
+        by_end[0, node[0]].append(node)
+        by_end[1, node[1]].append(node)
+    said = {node: _said(node, keys.lexicon) for node in unlike}
+    rivals = {
+        node: [o for side in (0, 1) for o in by_end[side, node[side]] if _apart(node[1 - side], o[1 - side])]
+        for node in unlike
+    }
+    beaten = {node for node in unlike if any(said[o] > said[node] for o in rivals[node])}
+    return frozenset(node for node in unlike if node in beaten or any(o not in beaten for o in rivals[node]))
+
+
+def _named(node: Place, images: tuple[Mapping[Path, set[Path]], ...], keys: Side, entries: Side) -> bool:
+    """Whether one of two nodes has a partner of its own name, where what lies above it went."""
+    for path, there, side in ((node[0], images[0], entries), (node[1], images[1], keys)):
+        for depth in range(len(path)):
+            if any((*above, *path[depth:]) in side.paths for above in there.get(path[:depth], ())):
+                return True
+    return False
+
+
+def _apart(a: Path, b: Path) -> bool:
+    """Whether none of two nodes lies below the other."""
+    return any(x != y for x, y in zip(a, b, strict=False))
+
+
+def _node(place: Place, lexicon: Lexicon) -> Place:
+    """Two places without the segments that both end in."""
+    key, entry = place
+    while len(key) > 1 and len(entry) > 1 and lexicon.content(key[-1]) == lexicon.content(entry[-1]):
+        key, entry = key[:-1], entry[:-1]
+    return key, entry
 
 
 def _module(option: Candidate, lexicon: Lexicon) -> Bag:
@@ -237,23 +325,14 @@ def _best(options: list[Candidate], votes: dict[Place, set[Tail]], keys: Side, e
     if not good:
         return None
     good.sort(key=lambda o: _strength(o, votes), reverse=True)
-    if any(_as_likely(good[0], other, votes, keys.lexicon) for other in good[1:]):
+    if any(_strength(good[0], votes) == _strength(other, votes) for other in good[1:]):
         return None
     return good[0]
 
 
-def _as_likely(best: Candidate, other: Candidate, votes: dict[Place, set[Tail]], lexicon: Lexicon) -> bool:
-    """Whether another place is as likely: of two towers of one shape, what is missing in one does not tell which it is."""
-    if _strength(best, votes) == _strength(other, votes):
-        return True
-    if best.place == other.place or not (all(replaced(best.place, lexicon)) and all(replaced(other.place, lexicon))):
-        return False
-    return len(votes[other.place]) > _RIVAL * len(votes[best.place]) and _said(best, lexicon) <= _said(other, lexicon)
-
-
-def _said(option: Candidate, lexicon: Lexicon) -> int:
-    """How many words the two paths above the tail share."""
-    a, b = (Counter(word for segment in path for word in lexicon.content(segment)) for path in option.place)
+def _said(place: Place, lexicon: Lexicon) -> int:
+    """How many words two paths share."""
+    a, b = (Counter(word for segment in path for word in lexicon.content(segment)) for path in place)
     return (a & b).total()
 
 
@@ -261,10 +340,12 @@ def _corresponds(place: Place, tails: set[Tail], keys: Side, entries: Side) -> b
     """Whether two places may be one: by their words, or because different tensors below agree and no name speaks against."""
     if place == ((), ()):
         return True
-    least = _SUPPORT if all(place) else _PREFIXED
-    if len({words for words, _ in tails}) < least or len({shape for _, shape in tails}) < 2:
-        return False
-    return not _both_own(place, keys, entries)
+    return _agree(tails, _SUPPORT if all(place) else _PREFIXED) and not _both_own(place, keys, entries)
+
+
+def _agree(tails: set[Tail], least: int) -> bool:
+    """Whether so many different modules, and more than one shape, stand below two places."""
+    return len({words for words, _ in tails}) >= least and len({shape for _, shape in tails}) > 1
 
 
 def replaced(place: Place, lexicon: Lexicon) -> tuple[Path, Path]:
@@ -291,9 +372,7 @@ def _both_own(place: Place, keys: Side, entries: Side) -> bool:
     return (*entry[:other], *a) in entries.paths or (*key[:left], *b) in keys.paths
 
 
-def _mutual(
-    chosen: dict[Template, Candidate], votes: dict[Place, set[Tail]], lexicon: Lexicon
-) -> dict[Template, Candidate]:
+def _mutual(chosen: dict[Template, Candidate], votes: dict[Place, set[Tail]]) -> dict[Template, Candidate]:
     """Each entry keeps the strongest of the keys that chose it, if one is."""
     by_entry: dict[Template, list[Candidate]] = defaultdict(list)
     for option in chosen.values():
@@ -301,6 +380,6 @@ def _mutual(
     kept = {}
     for options in by_entry.values():
         options.sort(key=lambda o: _strength(o, votes), reverse=True)
-        if not any(_as_likely(options[0], other, votes, lexicon) for other in options[1:]):
+        if len(options) == 1 or _strength(options[0], votes) > _strength(options[1], votes):
             kept[options[0].key] = options[0]
     return kept

@@ -97,7 +97,10 @@ def _pairs(a: Mapping[Words, list[_Side]], b: Mapping[Words, list[_Side]], less:
 
 
 def _transposed(a: Mapping[Words, list[_Side]], b: Mapping[Words, list[_Side]]) -> Iterator[Reshaping]:
-    for key, entry in _pairs(a, b, ""):
+    named = {side.path: side for sides in b.values() for side in sides}
+    same = [(key, named[key.path]) for sides in a.values() for key in sides if key.path in named]
+    met = {side.path for two in same for side in two}
+    for key, entry in [*same, *(two for two in _pairs(a, b, "") if not met & {side.path for side in two})]:
         shape = key.template.shape
         if len(shape) == 2 and shape != shape[::-1] == entry.template.shape and key.names.keys() == entry.names.keys():
             mapping = {name: (key.names[indices],) for indices, name in entry.names.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from warmstart.mapping.suggesting.items import LEAVES, items_of
 from warmstart.mapping.suggesting.judging import judged
 from warmstart.mapping.suggesting.linking import Link, Linker, Twins
-from warmstart.mapping.suggesting.matching import Candidate, Side
+from warmstart.mapping.suggesting.matching import Candidate, Pairing, Side
 from warmstart.mapping.suggesting.siblings import corresponding
 from warmstart.mapping.suggesting.templates import Path, Place, Template
 from warmstart.mapping.suggesting.vocabulary import PHRASES
@@ -30,8 +30,9 @@ class Structure:
     sure: set[Link]
 
 
-def structure(keys: Side, entries: Side, pairs: Mapping[Template, Candidate], vocabulary: bool) -> Structure:
-    """Pairs for what `pairs` leaves open, each with its evidence."""
+def structure(keys: Side, entries: Side, pairing: Pairing, vocabulary: bool) -> Structure:
+    """Pairs for what names in context leave open, each with its evidence."""
+    pairs = pairing.pairs
     taken = {candidate.entry for candidate in pairs.values()}
     open_keys = items_of(t for t in keys.templates if t not in pairs)
     open_entries = items_of(t for t in entries.templates if t not in taken)
@@ -44,7 +45,7 @@ def structure(keys: Side, entries: Side, pairs: Mapping[Template, Candidate], vo
         for link in decide(place)
     ]
     twins = [twins for place in places for twins in linker.twins(place)]
-    return Structure(links, twins, judged(links, twins, keys, entries, pairs))
+    return Structure(links, twins, judged(links, twins, keys, entries, pairing))
 
 
 def _modules(pairs: Mapping[Template, Candidate]) -> tuple[dict[Path, Path], dict[Path, Path]]:

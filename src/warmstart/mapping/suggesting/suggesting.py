@@ -27,8 +27,8 @@ from warmstart.mapping.suggesting.values import refuted
 from warmstart.mapping.suggesting.words import INDEX
 from warmstart.patterns import Patterns, PatternSet
 
-# Rules must explain next to all tensors of the smaller side (a part of a larger model), or with proposals most of
-# both sides; then rules alone at least some of the smaller.
+# Rules must explain next to all tensors of the smaller side (a part of a larger model), or with proposals next to all of
+# both sides, or most; then rules alone at least some of the smaller.
 _WHOLE = 0.95
 _MOST = 0.7, 0.5
 _SURE = 0.1
@@ -130,7 +130,7 @@ def _refuse_unrelated(
             pairs.update(match.names())
     small, large = sorted((max(1, len(sides.keys)), max(1, len(sides.entries))))
     most = len(pairs) >= _MOST[0] * small and len(pairs) >= _MOST[1] * large
-    if len(sure) >= _WHOLE * small or (most and len(sure) >= _SURE * small):
+    if len(sure) >= _WHOLE * small or len(pairs) >= _WHOLE * large or (most and len(sure) >= _SURE * small):
         return
     name, label = type(model).__name__, printable(pretrained.short_label)
     lead = (
