@@ -18,9 +18,7 @@ _MISSING = 0.03  # share of one side's templates without a partner up to which t
 _SUPPORT = 3  # names that must differ by the same words before these say nothing
 
 
-def judged(
-    links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: Side, pairing: Pairing
-) -> set[Link]:
+def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: Side, pairing: Pairing) -> set[Link]:
     """Which links have enough for them to be applied.
 
     Every word explained is enough. Less is enough only where next to nothing is missing on one of the sides (`closed`): where
