@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import warmstart
 from warmstart.checkpoints.base import Checkpoint, TensorInfo
 from warmstart.loading.relaying import PIECE
-from warmstart.loading.values import Values, written
+from warmstart.loading.values import Values
 from warmstart.shards import shard_of
 
 LAYERS = {"70b": 80, "1t": 60}
@@ -91,7 +91,7 @@ def main(rank: int, world: int, name: str, layers: int) -> None:
     checkpoint = Counting(location="simulated", format="simulated", infos=infos)
     plan = warmstart.plan(net, checkpoint)
     values = Values(plan)
-    for assignment in written(plan):
+    for assignment in plan.written:
         values.needed(assignment, shard_of(plan.targets.entries[assignment.target].tensor))
     sizes = [info.nbytes for info in infos.values()]
     found = {

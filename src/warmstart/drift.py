@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from warmstart.errors import CheckpointError
-from warmstart.loading.values import Values, written
+from warmstart.loading.values import Values
 from warmstart.mapping.model.targets import Live, Target
 from warmstart.outcome import Outcome
 from warmstart.shards import is_sharded, shard_of
@@ -41,7 +41,7 @@ class Drift:
         """The pretrained values: the model's own if it holds them, else those of the source if it can still be read."""
         live, values = Live(model), Values(outcome.plan)
         found = []
-        for assignment in written(outcome.plan):
+        for assignment in outcome.plan.written:
             target = outcome.plan.targets.entries[assignment.target]
             tensor = live.tensor(target)
             if target.kind != "parameter" or tensor is None or not tensor.is_floating_point() or assignment.keeps:

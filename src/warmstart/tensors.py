@@ -56,8 +56,10 @@ def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
         dtype: Of a floating-point tensor, what to cast it to first; no more than a piece of it is cast at a time.
     """
     flat, total = _flat(tensor), _seed(dtype or tensor.dtype, tensor.shape)
+    cast = dtype is not None and dtype != tensor.dtype  # a complex tensor lies flat as real numbers
     for start in range(0, flat.numel(), _CHUNK):
-        words = as_words(flat[start : start + _CHUNK].to(dtype or flat.dtype)).to(torch.int64)
+        piece = flat[start : start + _CHUNK]
+        words = as_words(piece.to(dtype) if cast else piece).to(torch.int64)
         part = int(torch.dot(words, _multipliers()[: words.numel()]))
         total = (total * 0x9E3779B97F4A7C15 + part) & _MASK
     return total

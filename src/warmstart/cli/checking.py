@@ -24,7 +24,7 @@ from warmstart.cli.parsing import READING, RENAMING, add_rules, names_functions,
 from warmstart.cli.progress import progress
 from warmstart.errors import CheckpointError, WarmStartError
 from warmstart.lineage import recorded
-from warmstart.loading.values import Values, written
+from warmstart.loading.values import Values
 from warmstart.locations import public
 from warmstart.mapping.pretrained import Pretrained
 
@@ -134,7 +134,7 @@ def _compared(run_of: Checkpoint, rules: Pretrained) -> list[Sums]:
     """Each tensor of the run with the one of the source that it would have been started from, as far as there is one."""
     made = plan(skeleton(run_of), rules)
     values = Values(made)
-    chosen = [a for a in written(made) if a.adapter is None and a.source_shape == a.shape]
+    chosen = [a for a in made.written if a.adapter is None and a.source_shape == a.shape]
     pairs = []
     with progress("comparing", sum(run_of.info(a.target).nbytes for a in chosen)) as told:
         for assignment in chosen:

@@ -11,7 +11,7 @@ from warmstart.errors import CheckpointError, MappingError, TimingError
 from warmstart.freezing import refuse_wrapped
 from warmstart.loading.masters import has_master
 from warmstart.loading.materialising import uninitialisable
-from warmstart.loading.values import Values, as_planned, duplicates, loaded_here, span, written
+from warmstart.loading.values import Values, as_planned, duplicates, loaded_here, span
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.model.targets import Live
@@ -74,7 +74,7 @@ def _unchanged(plan: Plan) -> None:
 def _entangled(plan: Plan) -> list[str]:
     """Entries that share some of their memory, but not all: writing one would change the other."""
     storages: dict[int, list[str]] = {}
-    for assignment in written(plan):
+    for assignment in plan.written:
         target = plan.targets.entries[assignment.target]
         tensor = local_of(target.tensor)
         if not target.lazy and tensor.device.type != "meta" and tensor.layout == torch.strided and tensor.numel():
@@ -104,7 +104,7 @@ def _entangled(plan: Plan) -> list[str]:
 def _unlike_shards(plan: Plan) -> list[str]:
     """Sharded entries that would change their dtype or shape, or be held in part, which their engine does not allow."""
     unlike = []
-    for assignment in written(plan):
+    for assignment in plan.written:
         target = plan.targets.entries[assignment.target]
         if is_sharded(target.tensor) and (assignment.dtype != target.dtype or assignment.shape != target.shape):
             has, gets = (
@@ -124,7 +124,7 @@ def _unlike_shards(plan: Plan) -> list[str]:
 
 def _lost(plan: Plan, values: Values) -> list[str]:
     lost: list[tuple[str, str]] = []
-    for assignment in written(plan):
+    for assignment in plan.written:
         if assignment.adapter is not None and assignment.adapter.computes(assignment.source_shape, assignment.shape):
             lost += _overflown(plan, values, assignment)
         if assignment.cast is None or not range_lost(*assignment.cast):
@@ -178,7 +178,7 @@ def _current(plan: Plan, assignment: Assignment) -> Shard:
 def _value_dependent(plan: Plan, values: Values) -> list[str]:
     """Functions and parametrizations that can refuse values are tried on them."""
     refused: dict[int, str] = {}
-    for assignment in written(plan):
+    for assignment in plan.written:
         made = assignment.conversion
         if made is not None and made.may_refuse and id(made) not in refused:
             refused[id(made)] = ""

@@ -31,8 +31,8 @@ class Values:
         A source in memory may share storage with the model it is loaded into, so that writing one entry would change the
         source of another.
         """
-        spans = Spans(local_of(self.plan.targets.entries[a.target].tensor) for a in written(self.plan))
-        for assignment in written(self.plan):
+        spans = Spans(local_of(self.plan.targets.entries[a.target].tensor) for a in self.plan.written)
+        for assignment in self.plan.written:
             checkpoint = self.plan.parts[assignment.part].checkpoint
             if checkpoint.files:
                 continue
@@ -94,27 +94,6 @@ class Values:
         if copy is not None:
             return copy if index is None else copy[index]
         return self.plan.parts[part].checkpoint.read(key, index)
-
-
-def written(plan: Plan) -> Iterator[Assignment]:
-    """The assignments that are written, each tied tensor once, and what one conversion makes together."""
-    seen: set[str] = set()
-    for assignment in together(plan.assignments):
-        if assignment.alias_of is None:
-            canonical = plan.targets.entries[assignment.target].canonical
-            if canonical not in seen:
-                seen.add(canonical)
-                yield assignment
-
-
-def together(assignments: Iterable[Assignment]) -> Iterator[Assignment]:
-    """Assignments in their order, but what one conversion makes side by side: it runs once then."""
-    groups: dict[int, list[Assignment]] = {}
-    for number, assignment in enumerate(assignments):
-        made = assignment.conversion
-        groups.setdefault(-1 - number if made is None else id(made), []).append(assignment)
-    for group in groups.values():
-        yield from group
 
 
 def duplicates(plan: Plan) -> Iterator[tuple[Assignment, Assignment]]:

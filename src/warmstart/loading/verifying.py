@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from warmstart.errors import CheckpointError, VerificationError
 from warmstart.loading.masters import is_stale
 from warmstart.loading.moving import Mover, is_plain
-from warmstart.loading.values import Digests, Values, as_planned, together, written
+from warmstart.loading.values import Digests, Values, as_planned
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.model.targets import Live
-from warmstart.mapping.plan.plan import Plan, Verify
+from warmstart.mapping.plan.plan import Plan, Verify, together
 from warmstart.shards import local_of, shard_of
 from warmstart.tensors import bits_lost, non_finite, same_bits, sample
 
@@ -39,7 +39,7 @@ def verify_written(plan: Plan, values: Values, verify: Verify, mover: Mover) -> 
         return []
     wrong: list[Difference] = []
     odd: list[str] = []
-    for assignment in written(plan):
+    for assignment in plan.written:
         target = plan.targets.entries[assignment.target]
         shard = shard_of(target.tensor)
         if assignment.target in mover.compared:

@@ -18,7 +18,7 @@ from warmstart.loading.meeting import Ranks
 from warmstart.loading.moving import Mover, is_plain
 from warmstart.loading.preflight import preflight
 from warmstart.loading.relaying import in_step
-from warmstart.loading.values import Digests, Values, loaded_here, written
+from warmstart.loading.values import Digests, Values, loaded_here
 from warmstart.loading.verifying import verify_written
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan.plan import Plan, Verify
@@ -72,7 +72,7 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
             if begun := needs_memory(plan):
                 result.notes += materialise(plan)
             with mover:
-                for assignment in written(plan):
+                for assignment in plan.written:
                     target = plan.targets.entries[assignment.target]
                     shard = shard_of(target.tensor)
                     value = values.planned(assignment, shard)
@@ -95,7 +95,7 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
     except Exception as error:
         if not begun and not mover.begun and not done and Ranks.of(group) is None:
             raise  # the model is untouched, and on other ranks there is none
-        total = sum(1 for _ in written(plan))
+        total = len(plan.written)
         names = ", ".join(printable(name) for name in done[:8]) + (", ..." if len(done) > 8 else "")
         names = f" ({names})" if names else ""
         state = "half loaded" if len(done) < total else "loaded but not verified"

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal
 
@@ -17,7 +18,7 @@ from typing_extensions import TypeVar
 from warmstart.checkpoints.base import Checkpoint
 from warmstart.errors import MappingError
 from warmstart.mapping.adapters.rows import MapRows
-from warmstart.mapping.buckets import Buckets
+from warmstart.mapping.buckets import Assignment, Buckets
 from warmstart.mapping.declared import plain
 from warmstart.mapping.plan.lock import to_yaml
 from warmstart.mapping.plan.reversing import ReversedCheckpoint
@@ -30,6 +31,16 @@ if TYPE_CHECKING:
 Verify = Literal["full", "sample", "off"]
 Read = Literal["local", "broadcast"]
 R = TypeVar("R", default=Any)
+
+
+def together(assignments: Iterable[Assignment]) -> Iterator[Assignment]:
+    """Assignments in their order, but what one conversion makes side by side: it runs once then."""
+    groups: dict[int, list[Assignment]] = {}
+    for number, assignment in enumerate(assignments):
+        made = assignment.conversion
+        groups.setdefault(-1 - number if made is None else id(made), []).append(assignment)
+    for group in groups.values():
+        yield from group
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,6 +60,15 @@ class Plan(Buckets, Generic[R]):
         """Entry to the checkpoint keys it gets its value from, `()` for a constant; a tied entry shows its twin's keys."""
         sources = {a.target: a.sources for a in self.assignments}
         return {a.target: sources[a.alias_of] if a.alias_of is not None else a.sources for a in self.assignments}
+
+    @cached_property
+    def written(self) -> tuple[Assignment, ...]:
+        """The assignments that are written, each tied tensor once, and what one conversion makes together."""
+        first: dict[str, Assignment] = {}
+        for assignment in together(self.assignments):
+            if assignment.alias_of is None:
+                first.setdefault(self.targets.entries[assignment.target].canonical, assignment)
+        return tuple(first.values())
 
     @property
     def held_rows(self) -> dict[str, Tensor | None]:
