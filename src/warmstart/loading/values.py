@@ -31,6 +31,8 @@ class Values:
         A source in memory may share storage with the model it is loaded into, so that writing one entry would change the
         source of another.
         """
+        if all(part.checkpoint.files for part in self.plan.parts):
+            return
         spans = Spans(local_of(self.plan.targets.entries[a.target].tensor) for a in self.plan.written)
         for assignment in self.plan.written:
             checkpoint = self.plan.parts[assignment.part].checkpoint
