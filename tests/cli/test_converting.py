@@ -119,7 +119,7 @@ def test_a_value_that_overflows_its_new_dtype_is_refused_and_nothing_is_left(run
 
 @pytest.mark.parametrize(("options", "words"), [
     (("--rename", '{"nothing": "x"}'), "matches no checkpoint key"),
-    (("--select", "decoder"), "select='decoder' matches no checkpoint key"),
+    (("--select", "decoder"), "--select decoder matches no checkpoint key"),
     (("--rename", r'{"(q|k)": "x"}'), "would both become 'encoder.layer.0.x.bias'"),
     (("--convert", '[{sources: "encoder.layer.{i}.q.bias", targets: "encoder.layer.{i}.k.bias"}]'),
      "there is a key of that name already"),

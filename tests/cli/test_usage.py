@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import warmstart
-from warmstart.cli.parsing import COMMANDS, FIELDS
+from warmstart.cli.options import FIELDS, as_options
+from warmstart.cli.parsing import COMMANDS
 
 PLAN = ("plan", "source.safetensors", "--model", "source.safetensors")
 
@@ -169,6 +172,27 @@ def test_trees_of_the_second_checkpoint_are_told_with_the_option_that_takes_them
     assert f'  {option} "model"  (18 tensors' in ran.err
     assert f'  {option} "ema"  (18 tensors' in ran.err
     assert "\n  checkpoint_key=" not in ran.err
+
+
+def test_what_the_core_advises_is_said_as_it_is_typed_here(run, source, state):
+    torch.save({"model": state, "ema": state}, source.parent / "two.pt")
+    assert "\n  --checkpoint_key model  (18 tensors" in run("plan", "two.pt", "--model", source).err
+    name = next(iter(state))
+    save_file({k: v for k, v in state.items() if k != name}, source.parent / "less.safetensors")
+    advised = re.search(r"--allow_missing (.*)", run("plan", "less.safetensors", "--model", source).out)
+    assert run("plan", "less.safetensors", "--model", source, "--allow_missing", *shlex.split(advised[1])).code == 0
+
+
+@pytest.mark.parametrize(("said", "typed"), [
+    ('  -> allow_missing=["a.b", "it\'s"]', """  -> --allow_missing '["a.b", "it'"'"'s"]'"""),
+    ("trust_pickle=True", "--trust_pickle true"),
+    ("freeze='encoder'", "--freeze encoder"),
+    ('rename={"^": "x."}', """--rename '{"^": "x."}'"""),
+    ('warmstart.load(model, into="a")', 'warmstart.load(model, into="a")'),
+    ("revision=...", "revision=..."),
+])  # fmt: skip
+def test_fields_are_options(said, typed):
+    assert as_options(said) == typed
 
 
 def test_one_pattern_needs_no_list_anywhere(run, source):

@@ -15,7 +15,7 @@ from warmstart.errors import MappingError
 from warmstart.mapping.pretrained import Pretrained
 
 OF_HOSTS: Final = frozenset(
-    ("verify", "held", "unfreeze", "unfreeze_unit", "stages", "on_freeze_change", "lock", "log", "name")
+    ("verify", "held", "unfreeze", "unfreeze_unit", "stages", "on_freeze_change", "lock", "read", "log", "name")
 )
 """Keywords of the callbacks that say nothing about a plan."""
 

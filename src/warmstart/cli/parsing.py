@@ -8,7 +8,6 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields
 from importlib import import_module
 from typing import Any, Final
 
@@ -16,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from warmstart.cli.answers import Answer, UsageError
 from warmstart.cli.configs import SEVERAL, config, part
+from warmstart.cli.options import FIELDS
 from warmstart.errors import MappingError
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.version import __version__
@@ -57,8 +57,6 @@ READING: Final = ("checkpoint_key", "sha256", "trust_pickle", "revision", "subfo
 
 RENAMING: Final = ("select", "strip_prefix", "rename", "convert")
 """The fields that mean something without a model."""
-
-FIELDS: Final = tuple(field.name for field in fields(Pretrained) if field.name != "source")
 
 
 def parse(args: Sequence[str]) -> tuple[Callable[[Namespace], Answer], Namespace]:

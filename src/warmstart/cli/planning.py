@@ -13,12 +13,11 @@ from jsonargparse import ArgumentParser, Namespace
 from warmstart.api import plan
 from warmstart.cli.answers import Answer, Exit
 from warmstart.cli.models import HELP, model_of
-from warmstart.cli.parsing import FIELDS, add_rules, sources
+from warmstart.cli.options import FIELDS, as_options
+from warmstart.cli.parsing import add_rules, sources
 from warmstart.cli.placing import whole_file
 from warmstart.mapping.plan.lock import compare
 from warmstart.mapping.plan.plan import Plan
-
-_AS_OPTIONS = """as options: name=["a", "b"] is --name '[a, b]', or name: [a, b] in a file for --config"""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -40,9 +39,7 @@ def run(options: Namespace) -> Answer:
     parts = sources(options, FIELDS)
     made = plan(model_of(options.model, options.model_checkpoint_key), parts)
     code = Exit.DIFFERS if made.errors else Exit.OK
-    text, lock = str(made), None
-    if '=["' in text:
-        text = f"{text}\n\n{_AS_OPTIONS}"
+    text, lock = as_options(str(made)), None
     if options.lock is not None and made.errors:
         text, lock = f"{text}\n\n{options.lock}: not written, because the plan has errors", "not written"
     elif options.lock is not None:

@@ -65,6 +65,10 @@ def _run(args: list[str]) -> int:
 
 
 def _failed(message: str, error: Exception, code: Exit, as_json: bool) -> int:
+    if isinstance(error, WarmStartError):
+        from warmstart.cli.options import as_options
+
+        message = as_options(message)
     _print(safe(f"warmstart: {message}"), sys.stderr)
     if as_json:
         _print(json.dumps({"error": {"kind": type(error).__name__, "message": message}}, indent=1), sys.stdout)
