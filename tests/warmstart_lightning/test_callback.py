@@ -314,6 +314,39 @@ def test_field_note_10_a_hook_that_overwrites_what_was_loaded_stops_the_run(tmp_
     assert callback.report.status == "failed"
 
 
+@pytest.mark.parametrize("place", ["callback", "module"])
+def test_field_note_10_up_to_the_first_batch_s_own_hook(tmp_path, source, place):
+    """Lightning calls the module's hook after all callbacks'."""
+
+    class Spoils(Module):
+        def on_train_batch_start(self, batch, batch_idx):
+            if place == "module":
+                self.encoder[0].reset_parameters()
+
+    spoil = Overwrite("on_train_batch_start", lambda m: m.encoder[0].reset_parameters())
+    module, more = Spoils(), [spoil] if place == "callback" else []
+    head = copy.deepcopy(module.head.state_dict())
+    with pytest.raises(VerificationError, match=r"before the first training batch(.|\n)*encoder\.0\.\{bias,weight\}"):
+        trainer(tmp_path, WarmStart(source, into="encoder"), *more).fit(module, data())
+    assert equal(module.head.state_dict(), head)
+    assert "on_train_batch_start" not in module.__dict__
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_end"])
+def test_a_callback_that_comes_when_training_has_begun_is_an_error(tmp_path, source, hook):
+    class Adds(Callback):
+        pass
+
+    def add(trainer, *args):
+        if not any(isinstance(c, WarmStart) for c in trainer.callbacks):
+            trainer.callbacks.append(WarmStart(source, into="encoder"))
+
+    adds = Adds()
+    setattr(adds, hook, add)
+    with pytest.raises(TimingError, match="see to it that the callback is in place when the model is set up"):
+        trainer(tmp_path, adds).fit(Module(), data())
+
+
 def test_a_replaced_submodule_is_found_by_identity(tmp_path, source):
     def replace(module):
         module.encoder = copy.deepcopy(module.encoder)
@@ -483,6 +516,8 @@ def test_the_callback_pickles_and_deep_copies(source):
 def test_a_value_that_cannot_be_meant_names_the_choices(source, field, value):
     with pytest.raises(MappingError, match=f"{field}='{value}': one of"):
         WarmStart(source, **{field: value})
+    with pytest.raises(MappingError, match=r"unfreeze=\['encoder'\]: when, and what"):
+        WarmStart(source, freeze=True, unfreeze=["encoder"])
 
 
 def test_fast_dev_run_and_barebones(tmp_path, source):

@@ -305,6 +305,14 @@ class Lifecycle:
             self._freeze.take_as_before(model, state)
         self._freeze.resume(state)
 
+    def release_restored(self) -> tuple[str, ...]:
+        """Release, before `start`, what the resumed run's schedule had released: for an optimizer whose state is read by it.
+
+        Returns:
+            The entries that train from now on.
+        """
+        return self._freeze.release_restored(self._freeze.staged)
+
     def restored_whole(self, model: nn.Module) -> None:
         """A host has restored every entry, part by part, where no load of the whole model's state dict was to be seen."""
         self._watch.seen = True
