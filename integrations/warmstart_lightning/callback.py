@@ -117,6 +117,10 @@ class WarmStart(Callback):
         self._once: Once | None = None
         self._checked = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what it is about to do in a run, which belongs to that run."""
+        return {name: value for name, value in self.__dict__.items() if name not in _EVERY_BATCH} | {"_once": None}
+
     @property
     def report(self) -> Report | None:
         return self._life.report

@@ -369,7 +369,7 @@ class Lifecycle:
                 "training starts and the pretrained weights were never loaded into this model; see to it that the "
                 "callback is in place when the model is set up, or call warmstart.load(model, ...) yourself"
             )
-        if resumed and self._watch.seen and not self._watch.matched:
+        if resumed and self._watch.passed_over:
             raise CheckpointError(
                 f"the checkpoint that is resumed matches none of the {len(model.state_dict())} entries of "
                 f"{type(model).__name__}: its weights were passed over and training would go on without them\n"
