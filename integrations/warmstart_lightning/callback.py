@@ -111,15 +111,16 @@ class WarmStart(Callback):
         self._key = name if name is not None else "+".join(part.into for part in parts)
         # Made once: Lightning asks for it around every hook of every batch.
         self._state_key = self._generate_state_key(into=self._key)
-        self._logs = log  # Lightning puts its own `log` on callbacks
+        self._logs = log  # `log` is Lightning's
         self.drift: dict[str, float] = {}
         self._moment: Moment = "set up"
         self._once: Once | None = None
         self._checked = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what it is about to do in a run, which belongs to that run."""
-        return {name: value for name, value in self.__dict__.items() if name not in _EVERY_BATCH} | {"_once": None}
+        """Without what belongs to a run: what is about to be done, and the module's `log` that Lightning puts on callbacks."""
+        of_a_run = (*_EVERY_BATCH, "log", "log_dict")
+        return {name: value for name, value in self.__dict__.items() if name not in of_a_run} | {"_once": None}
 
     @property
     def report(self) -> Report | None:
