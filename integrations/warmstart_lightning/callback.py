@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
         "warmstart_lightning needs Lightning. Install it with: pip install 'warmstart[lightning]'", name=error.name
     ) from error
 
-from warmstart import MappingError, Pretrained, PretrainedFields, Report, TimingError
+from warmstart import MappingError, Pretrained, PretrainedFields, Report
 from warmstart.api import Sources
 from warmstart.freezing import Frozen, Held
 from warmstart.lifecycle import Lifecycle, OnFreezeChange, UnfreezeUnit
@@ -115,12 +115,16 @@ class WarmStart(Callback):
         self._key = name if name is not None else "+".join(part.into for part in parts)
         # Made once: Lightning asks for it around every hook of every batch.
         self._state_key = self._generate_state_key(into=self._key)
-        self._logs = log  # Lightning puts its own `log` on callbacks
+        self._logs = log  # `log` is Lightning's
         self.drift: dict[str, float] = {}
         self._moment: Moment = "set up"
         self._once: Once | None = None
         self._checked = False
-        self._first_batch = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to a run: what is about to be done, and the module's `log` that Lightning puts on callbacks."""
+        of_a_run = (*_EVERY_BATCH, "log", "log_dict")
+        return {name: value for name, value in self.__dict__.items() if name not in of_a_run} | {"_once": None}
 
     @property
     def report(self) -> Report | None:
@@ -137,7 +141,7 @@ class WarmStart(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._checked = self._first_batch = False
+        self._checked = False
         self._wake()
         if stage not in self._stages:
             return
@@ -180,13 +184,13 @@ class WarmStart(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is not None and trainer.state.fn == "fit":
-            if self._moment == "on_fit_start" and set(state.get("released", ())) & set(state.get("staged", ())):
-                raise TimingError(
-                    f"{type(trainer.strategy).__name__} has read the optimizer's state by now, without that of what unfreeze= "
-                    "had released in the run that is resumed: it would not go on as it was. Resume from a checkpoint before "
-                    "the first release, or start anew from this one: WarmStart(checkpoint)"
-                )
             self._life.resume(pl_module, state)
+            if self._moment == "on_fit_start" and self._life.release_restored():
+                # The strategy has read the optimizer's state by now, without that of what was frozen at the time.
+                for optimizer in trainer.optimizers:
+                    optimizer.state.clear()
+                assert trainer.ckpt_path is not None
+                trainer.strategy.load_checkpoint(trainer.ckpt_path)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -209,7 +213,7 @@ class WarmStart(Callback):
         self._life.enforce()
         refuse_frozen(trainer, self._life.frozen)
         # A learning rate finder stands before us and has had a trial run of its own by now.
-        self._checked = self._first_batch = False
+        self._checked = False
         self._wake()
         self._life.rearm()
 
@@ -235,7 +239,8 @@ class WarmStart(Callback):
             progress=self._progress(trainer),
             bears_unused=getattr(trainer.strategy.model, "find_unused_parameters", True),
         )
-        self._first_batch = first
+        if first:  # its own hook, which comes after all callbacks' and right before its step
+            self._once = Once("on_train_batch_start", pl_module, lambda: self._life.check_first_batch(pl_module))
         if not self._logs:
             return
         if first:
@@ -285,9 +290,7 @@ class WarmStart(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._first_batch:
-            self._first_batch = False
-            self._life.check_first_batch(pl_module)
+        self._start(trainer, pl_module)  # for one that was put into a trainer that trains already, to be told so
         if self._life.unfreeze_unit == "step":
             self._life.advance(self._progress(trainer))
         elif self in _warm_starts(trainer):

@@ -1,4 +1,4 @@
-"""Run by test_matrix.py: every cell of one strategy in one launch; each rank writes what it saw to its own file."""
+"""Run by test_matrix.py: every cell of some strategies in one launch; each rank writes what it saw to its own files."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from warmstart_lightning import WarmStart
 warnings.simplefilter("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-STRATEGY, FOLDER, LIMIT = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
-SOURCE = FOLDER / "source.pt"
-SHARDED = STRATEGY in ("fsdp2", "tp")
+STRATEGIES, ROOT, LIMIT = sys.argv[1].split(","), Path(sys.argv[2]), float(sys.argv[3])
+SOURCE = ROOT / "source.pt"
+STRATEGY, FOLDER, SHARDED = "", ROOT, False  # of the one that runs at present
 
 
 class Encoder(nn.Module):
@@ -197,7 +197,9 @@ def staged() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, path in (("whole", None), ("1", "epoch=0.ckpt"), ("2", "epoch=1.ckpt")):
         warm, look = warm_start(freeze=True, unfreeze={1: "encoder.down", 2: "encoder"}), Look()
-        of = trainer(name, warm, look, 3, unused=True)
+        of = trainer(
+            name, warm, look, 3, unused=True, folder=STRATEGY != "tp"
+        )  # one reads a folder, the other one file
         path = None if path is None else FOLDER / "whole" / path
         error = told(lambda of=of, path=path: of.fit(new("configure_model"), data(), ckpt_path=path))
         found[name] = error or look.seen
@@ -259,13 +261,20 @@ def read_by_one() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    places = ("configure_model",) if STRATEGY == "tp" else ("init", "setup", "configure_model")
     faulthandler.dump_traceback_later(LIMIT, exit=True)
-    results: dict[str, Any] = {place: cells(place) for place in places}
-    results |= {"frozen": frozen(), "staged": staged(), "refused": refused(), "gone": gone()}
-    results["read by one"] = read_by_one()
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    (FOLDER / f"rank-{rank}.json").write_text(json.dumps(results))
+    for STRATEGY in STRATEGIES:
+        FOLDER, SHARDED = ROOT / STRATEGY, STRATEGY in ("fsdp2", "tp")
+        places = ("configure_model",) if STRATEGY == "tp" else ("init", "setup", "configure_model")
+        results: dict[str, Any] = {place: cells(place) for place in places}
+        results |= {
+            "frozen": frozen(),
+            "staged": staged(),
+            "refused": refused(),
+            "gone": gone(),
+            "read by one": read_by_one(),
+        }
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        (FOLDER / f"rank-{rank}.json").write_text(json.dumps(results))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     os._exit(0)  # gloo's threads abort an interpreter that ends by itself, about one in eight

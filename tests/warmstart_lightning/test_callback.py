@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+import warmstart
 from warmstart import (
     CheckpointError,
     FrozenChangedError,
@@ -301,7 +302,7 @@ class Overwrite(Callback):
     """Does in one hook what a strategy, a callback or a module might do to loaded weights."""
 
     def __init__(self, hook: str, act) -> None:
-        setattr(self, hook, lambda trainer, module, *args: act(module))
+        setattr(self, hook, lambda trainer, module, *args, **kwargs: act(module))
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_epoch_start", "on_train_start"])
@@ -312,6 +313,39 @@ def test_field_note_10_a_hook_that_overwrites_what_was_loaded_stops_the_run(tmp_
         trainer(tmp_path, callback, spoil).fit(module, data())
     assert set(caught.value.tensors) == {"encoder.0.weight", "encoder.0.bias"}
     assert callback.report.status == "failed"
+
+
+@pytest.mark.parametrize("place", ["callback", "module"])
+def test_field_note_10_up_to_the_first_batch_s_own_hook(tmp_path, source, place):
+    """Lightning calls the module's hook after all callbacks'."""
+
+    class Spoils(Module):
+        def on_train_batch_start(self, batch, batch_idx):
+            if place == "module":
+                self.encoder[0].reset_parameters()
+
+    spoil = Overwrite("on_train_batch_start", lambda m: m.encoder[0].reset_parameters())
+    module, more = Spoils(), [spoil] if place == "callback" else []
+    head = copy.deepcopy(module.head.state_dict())
+    with pytest.raises(VerificationError, match=r"before the first training batch(.|\n)*encoder\.0\.\{bias,weight\}"):
+        trainer(tmp_path, WarmStart(source, into="encoder"), *more).fit(module, data())
+    assert equal(module.head.state_dict(), head)
+    assert "on_train_batch_start" not in module.__dict__
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_end"])
+def test_a_callback_that_comes_when_training_has_begun_is_an_error(tmp_path, source, hook):
+    class Adds(Callback):
+        pass
+
+    def add(trainer, *args):
+        if not any(isinstance(c, WarmStart) for c in trainer.callbacks):
+            trainer.callbacks.append(WarmStart(source, into="encoder"))
+
+    adds = Adds()
+    setattr(adds, hook, add)
+    with pytest.raises(TimingError, match="see to it that the callback is in place when the model is set up"):
+        trainer(tmp_path, adds).fit(Module(), data())
 
 
 def test_a_replaced_submodule_is_found_by_identity(tmp_path, source):
@@ -479,10 +513,56 @@ def test_the_callback_pickles_and_deep_copies(source):
         assert twin.report is None
 
 
+def test_it_pickles_and_deep_copies_in_the_middle_of_a_run_too(tmp_path, source):
+    twins = []
+
+    def copied(module):
+        twins.extend([pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)])
+
+    callback = WarmStart(source, into="encoder", freeze=True)
+    each = [Overwrite(hook, copied) for hook in ("setup", "on_train_start", "on_train_batch_end")]
+    trainer(tmp_path, callback, *each, max_epochs=1).fit(Module("setup"), data())
+    assert len(twins) == 2 * (1 + 1 + 4)
+    for twin in twins:
+        module = Module("setup")
+        trainer(tmp_path, twin, fast_dev_run=1).fit(module, data())
+        assert equal(module.seen["at_train_start"], weights(source))
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["report", "plan"])
+def test_field_note_49_groups_for_configure_optimizers(tmp_path, source, planned):
+    """What the callback loaded trains slower than the new head; also from a plan, which needs no callback."""
+
+    class Grouped(Module):
+        def configure_optimizers(self):
+            given = warmstart.plan(self, source, into="encoder") if planned else callback.report
+            return torch.optim.AdamW(warmstart.param_groups(self, given, lr=0.1, loaded_lr_scale=0.5, weight_decay=0.1))
+
+    rates = {}
+
+    def look(module):
+        (optimizer,) = module.trainer.optimizers
+        for group in optimizer.param_groups:
+            rates.update({id(p): (group["lr"], group["weight_decay"]) for p in group["params"]})
+
+    callback, module = WarmStart(source, into="encoder", freeze="encoder.0"), Grouped()
+    trainer(tmp_path, callback, Overwrite("on_train_start", look), max_epochs=1).fit(module, data())
+    assert {name: rates[id(p)] for name, p in module.named_parameters() if id(p) in rates} == {
+        "encoder.1.weight": (0.05, 0.0),
+        "encoder.1.bias": (0.05, 0.0),
+        "encoder.3.weight": (0.05, 0.1),
+        "encoder.3.bias": (0.05, 0.0),
+        "head.weight": (0.1, 0.1),
+        "head.bias": (0.1, 0.0),
+    }
+
+
 @pytest.mark.parametrize(("field", "value"), [("verify", "some"), ("held", "off"), ("on_freeze_change", "ignore")])
 def test_a_value_that_cannot_be_meant_names_the_choices(source, field, value):
     with pytest.raises(MappingError, match=f"{field}='{value}': one of"):
         WarmStart(source, **{field: value})
+    with pytest.raises(MappingError, match=r"unfreeze=\['encoder'\]: when, and what"):
+        WarmStart(source, freeze=True, unfreeze=["encoder"])
 
 
 def test_fast_dev_run_and_barebones(tmp_path, source):
@@ -491,7 +571,7 @@ def test_fast_dev_run_and_barebones(tmp_path, source):
         module = Module()
         trainer(tmp_path, WarmStart(source, into="encoder"), fast_dev_run=2).fit(module, data())
         assert equal(module.seen["at_train_start"], weights(source))
-        bare = Trainer(barebones=True, max_epochs=1, accelerator="cpu", callbacks=[WarmStart(source, into="encoder")])
+        bare = Trainer(barebones=True, max_epochs=1, accelerator="cpu", callbacks=WarmStart(source, into="encoder"))
         module = Module()
         bare.fit(module, data())
         assert equal(module.seen["at_train_start"], weights(source))

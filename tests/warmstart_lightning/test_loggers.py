@@ -128,12 +128,14 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert config["warmstart"]["coverage"] == 1
     assert summary["warmstart/coverage"] == 1
     assert summary["warmstart/drift/encoder"] > 0
-    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/warmstart/coverage*.png"))
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/warmstart/coverage_map*.png"))
 
 
-@pytest.mark.parametrize("name", ["WandbLogger", "CometLogger"])
-def test_trackers_that_are_not_installed_here_get_the_picture_by_their_own_methods(tmp_path, name):
-    """Only their names are known: `log_image` is Lightning's own method, `log_figure` Comet's."""
+@pytest.mark.parametrize(
+    ("name", "picture"), [("WandbLogger", "warmstart/coverage_map"), ("CometLogger", "warmstart/coverage")]
+)
+def test_trackers_that_are_not_installed_here_get_the_picture_by_their_own_methods(tmp_path, name, picture):
+    """Only their names are known: `log_image` is Lightning's own method, `log_figure` Comet's. W&B has one entry for a name."""
     got: dict[str, object] = {}
 
     class Tracker(OwnLogger):
@@ -152,7 +154,7 @@ def test_trackers_that_are_not_installed_here_get_the_picture_by_their_own_metho
 
     Tracker.__name__ = name
     fit(tmp_path, Tracker())
-    assert type(got["warmstart/coverage"]).__name__ == "Figure"
+    assert type(got[picture]).__name__ == "Figure"
 
 
 def test_without_jinja2_and_matplotlib_the_run_is_the_same_without_page_and_picture(tmp_path, monkeypatch):

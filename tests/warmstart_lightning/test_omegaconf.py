@@ -74,6 +74,19 @@ def test_a_dictconfig_trains_pickles_and_leaves_a_checkpoint_of_plain_types(tmp_
     assert not any(type(part).__module__.startswith("omegaconf") for part in kept)
 
 
+def test_sources_with_rules_of_their_own_are_dicts_of_their_fields():
+    """As LightningCLI takes them, and with the same word for a typo."""
+    one = {"source": "a.pt", "into": "encoder", "rename": {"first": "0"}}
+    for written in (one, [one, "b.pt"]):
+        first, *rest = WarmStart(omegaconf.OmegaConf.create({"pretrained": written}).pretrained).pretrained
+        assert (first.source, first.into, first.rename) == ("a.pt", "encoder", {"first": "0"})
+        assert [part.source for part in rest] == ["b.pt"] * (written is not one)
+    with pytest.raises(TypeError, match=r"unknown field itno; the fields are adapt, .* into,"):
+        WarmStart({"source": "a.pt", "itno": "encoder"})
+    with pytest.raises(TypeError, match="cannot be given beside a Pretrained"):
+        WarmStart(one, freeze=True)
+
+
 def test_hydra_makes_it(tmp_path):
     hydra = pytest.importorskip("hydra.utils")
     torch.save({}, tmp_path / "source.pt")

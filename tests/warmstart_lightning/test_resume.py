@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from warmstart import FrozenChangedError
+from warmstart import CheckpointError, FrozenChangedError
 from warmstart_lightning import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -121,6 +121,26 @@ def test_a_run_that_began_without_a_warm_start_goes_on_with_its_own_weights(tmp_
     trainer(tmp_path, warm, max_epochs=2).fit(module, data(), ckpt_path=str(tmp_path / "ckpt" / "only.ckpt"))
     assert equal(module.start, first.encoder.state_dict())
     assert warm.report.status == "superseded-by-resume"
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_checkpoint_whose_every_key_is_spelled_otherwise_is_no_resume(tmp_path, source, norm):
+    """With `strict_loading=False` Lightning passes it over; torch itself fills in a BatchNorm's counter in such a file."""
+
+    def new():
+        module = Module(every=True)
+        module.strict_loading = False
+        if norm:
+            module.norm = nn.BatchNorm1d(2)
+        return module
+
+    trainer(tmp_path, saving(tmp_path)).fit(new(), data())
+    path = tmp_path / "ckpt" / "only.ckpt"
+    saved = torch.load(path, weights_only=True)
+    saved["state_dict"] = {f"model.{key}": value for key, value in saved["state_dict"].items()}
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=r"matches none of the \d+ entries of Module"):
+        trainer(tmp_path, WarmStart(source, into="encoder"), max_epochs=2).fit(new(), data(), ckpt_path=str(path))
 
 
 def test_load_from_checkpoint_needs_neither_the_callback_nor_the_source(tmp_path, source):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -93,9 +93,8 @@ class Holding:
             return
         self.frozen.follow(resumed=resumed)
         self.frozen.enforce()
-        # Not before: the optimizer was made without them, and its state was restored so.
-        if names := [glob.escape(name) for name in self._released if name in self.frozen.names]:
-            self.frozen.release(names)
+        # Not before: of those that are not staged the optimizer was made without, and its state was restored so.
+        self.release_restored(self._released)
         self._release_due(progress)
         later = [name for name in self.staged if name in self.frozen.trained.intersection(self.frozen.names)]
         if later and not bears_unused:
@@ -107,6 +106,13 @@ class Holding:
         self.frozen.rebase(all_values=resumed)
         self.frozen.check(sampled=True)
         self._watch_anew()
+
+    def release_restored(self, which: Sequence[str]) -> tuple[str, ...]:
+        """Release those of `which` that the resumed run had released."""
+        if self.frozen is None:
+            return ()
+        names = set(self._released).intersection(which, self.frozen.names)
+        return self.frozen.release([glob.escape(name) for name in sorted(names)]) if names else ()
 
     def advance(self, progress: int) -> tuple[str, ...]:
         """Release what the schedule releases after `progress` units of training.

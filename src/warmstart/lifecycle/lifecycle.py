@@ -312,6 +312,14 @@ class Lifecycle:
             self._freeze.take_as_before(model, state)
         self._freeze.resume(state)
 
+    def release_restored(self) -> tuple[str, ...]:
+        """Release, before `start`, what the resumed run's schedule had released: for an optimizer whose state is read by it.
+
+        Returns:
+            The entries that train from now on.
+        """
+        return self._freeze.release_restored(self._freeze.staged)
+
     def restored_whole(self, model: nn.Module) -> None:
         """A host has restored every entry, part by part, where no load of the whole model's state dict was to be seen."""
         self._watch.seen = True
@@ -368,7 +376,7 @@ class Lifecycle:
                 "training starts and the pretrained weights were never loaded into this model; see to it that the "
                 "callback is in place when the model is set up, or call warmstart.load(model, ...) yourself"
             )
-        if resumed and self._watch.seen and not self._watch.matched:
+        if resumed and self._watch.passed_over:
             raise CheckpointError(
                 f"the checkpoint that is resumed matches none of the {len(model.state_dict())} entries of "
                 f"{type(model).__name__}: its weights were passed over and training would go on without them\n"

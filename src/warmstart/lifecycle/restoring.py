@@ -32,6 +32,11 @@ class RestoreWatch:
             warning, self.warning = self.warning, None
             warnings.warn(warning, UserWarning, stacklevel=2)
 
+    @property
+    def passed_over(self) -> bool:
+        """Whether a restore had nothing for the model; a counter that old files lack is filled in by torch."""
+        return self.seen and all(name.rpartition(".")[2] == "num_batches_tracked" for name in self.matched)
+
     def lacking(self, model: nn.Module) -> list[str]:
         """The model's entries that got no value, neither by name nor through a tie."""
         entries = model.state_dict(keep_vars=True)

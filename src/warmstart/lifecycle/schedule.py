@@ -25,9 +25,11 @@ class Schedule:
         """The schedule as plain types; YAML and JSON may spell the numbers as strings.
 
         Raises:
-            MappingError: A number that is none, or less than 1.
+            MappingError: Not a mapping, a number that is none, or less than 1.
         """
         out: dict[int, list[str]] = {}
+        if not isinstance(unfreeze, Mapping):
+            raise MappingError(f'unfreeze={unfreeze!r}: when, and what, to release: {{1: "encoder"}}')
         for at, patterns in unfreeze.items():
             if not str(at).isdecimal() or int(at) < 1:
                 raise MappingError(

@@ -211,28 +211,39 @@ def as_parts(
 ) -> list[Pretrained]:
     """What the verbs take as `pretrained`, as a list of `Pretrained`.
 
+    As plain data, from YAML, a `Pretrained` is a dict of its fields.
+
     Raises:
-        TypeError: Fields were given beside anything but one bare source.
+        TypeError: Fields were given beside anything but one bare source, or one that there is not.
         MappingError: An empty list.
     """
-    if isinstance(pretrained, Sequence) and not isinstance(pretrained, str):
-        if options:
-            raise TypeError(
-                f"{_words(options)} cannot be given beside a list; give each Pretrained(...) its own fields"
-            )
-        if not pretrained:
-            raise MappingError("an empty list of sources: pass at least one")
-        return [p if isinstance(p, Pretrained) else Pretrained(p) for p in pretrained]
-    if isinstance(pretrained, Pretrained):
-        if options:
-            raise TypeError(
-                f"{_words(options)} cannot be given beside a Pretrained; write Pretrained(..., {_words(options)})"
-            )
-        return [pretrained]
+    if not isinstance(pretrained, Sequence) or isinstance(pretrained, str):
+        return [_part(pretrained, options)]
+    if options:
+        raise TypeError(f"{_words(options)} cannot be given beside a list; give each Pretrained(...) its own fields")
+    if not pretrained:
+        raise MappingError("an empty list of sources: pass at least one")
+    return [_part(one, {}) for one in pretrained]
+
+
+def _part(one: Source | Pretrained, options: PretrainedFields) -> Pretrained:
+    if isinstance(one, Mapping) and isinstance(one.get("source"), str):
+        written: dict[str, Any] = {str(name): value for name, value in one.items()}
+        one = _checked(written.pop("source"), written)
+    if not isinstance(one, Pretrained):
+        return _checked(one, options)
+    if options:
+        raise TypeError(
+            f"{_words(options)} cannot be given beside a Pretrained; write Pretrained(..., {_words(options)})"
+        )
+    return one
+
+
+def _checked(source: Source, options: Mapping[str, Any]) -> Pretrained:
     known = {f.name for f in fields(Pretrained)} - {"source"}
     if unknown := sorted(set(options) - known):
         raise TypeError(f"unknown field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
-    return [Pretrained(pretrained, **options)]
+    return Pretrained(source, **options)
 
 
 def _words(options: PretrainedFields) -> str:
