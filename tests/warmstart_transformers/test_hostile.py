@@ -195,7 +195,9 @@ def test_a_dataset_without_a_length_counts_its_epochs_too(make_trainer, plain_so
 
 
 def test_a_compiled_training_is_the_same(make_trainer, bert_source, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "")  # put back afterwards: the arguments set it for the whole process
+    monkeypatch.setenv(
+        "ACCELERATE_DYNAMO_BACKEND", ""
+    )  # put back afterwards: the arguments set it for the whole process
     model, start = bert(), Start()
     callback = WarmStartCallback(bert_source, freeze="bert.encoder")
     trainer = make_trainer(model, callback, start, torch_compile=True, torch_compile_backend="eager")
