@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 
 from torch import nn
@@ -62,8 +63,9 @@ def reach_past_frozen(model: nn.Module) -> None:
     Raises:
         TimingError: The model does not say where its embeddings are.
     """
-    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules() if _checkpoints(m)]
-    if all(getattr(function, "keywords", {}).get("use_reentrant", True) is False for function in functions):
+    checkpoints = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules() if _checkpoints(m)]
+    options = [function.keywords for function in checkpoints if isinstance(function, functools.partial)]
+    if all(option.get("use_reentrant", True) is False for option in options):
         return
     remedy = getattr(model, "enable_input_require_grads", None)
     with contextlib.suppress(NotImplementedError):

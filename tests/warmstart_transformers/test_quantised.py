@@ -34,7 +34,7 @@ def configuration(kind: str):
             return BitsAndBytesConfig(load_in_8bit=True)
         case _:
             importlib.import_module("bitsandbytes")
-            return BitsAndBytesConfig(load_in_4bit=True)
+            return BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["classifier"])
 
 
 @pytest.mark.slow
@@ -54,16 +54,16 @@ def test_what_transformers_quantised(make_trainer, bert_source, tmp_path, kind, 
     except ImportError as error:
         pytest.skip(str(error))
     config = bert_config()
-    config.hidden_size = config.intermediate_size = 64  # bitsandbytes' own kernels take no smaller ones
+    config.hidden_size = config.intermediate_size = 64  # a multiple of 32, as bitsandbytes has it of all that it takes
     BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
     base = BertForSequenceClassification.from_pretrained(tmp_path / "model", quantization_config=quantization)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"]))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"])).eval()
     tokens = torch.arange(6)[None]
     with torch.no_grad():
-        before = model.eval()(tokens).logits
-    with pytest.raises(MappingError, match=REASON % quantiser):
-        make_trainer(model, WarmStartCallback(bert_source))
-    assert torch.equal(model.eval()(tokens).logits, before)
+        before = model(tokens).logits
+        with pytest.raises(MappingError, match=REASON % quantiser):
+            make_trainer(model, WarmStartCallback(bert_source))
+        assert torch.equal(model(tokens).logits, before)
 
 
 def test_what_torch_quantised(make_trainer, bert_source):

@@ -18,10 +18,11 @@ rows = [{"input_ids": torch.arange(6) + i, "labels": i % 2} for i in range(16)]
 """
 )
 
-from task import make_model
+import task
 from safetensors.torch import save_file
 from transformers import TrainingArguments
 
+make_model, rows = task.make_model, task.rows
 model = make_model()
 save_file(make_model().bert.state_dict(), "bert.safetensors")
 args = TrainingArguments(
