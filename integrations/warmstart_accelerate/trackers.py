@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate.tracking import GeneralTracker
 
 from warmstart import Report
 from warmstart.mapping.plan.table import rows
+from warmstart.rendering.figure import pixels
 
 
 def log_report(report: Report, trackers: Sequence[GeneralTracker]) -> None:
@@ -72,12 +72,9 @@ def _log_table(tracker: Any, report: Report) -> None:
 
 def _picture(tracker: Any, report: Report, **options: Any) -> None:
     if find_spec("matplotlib") is not None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        canvas: Any = FigureCanvasAgg(report.figure())
-        canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        tracker.log_images({"warmstart/coverage_map": pixels[None]}, **options)  # W&B has one entry for a name
+        tracker.log_images(
+            {"warmstart/coverage_map": pixels(report.figure())[None]}, **options
+        )  # W&B has one entry for a name
 
 
 def _artifacts(tracker: Any, report: Report) -> None:

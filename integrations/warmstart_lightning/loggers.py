@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from warmstart import Report
 from warmstart.rendering.console import coloured
+from warmstart.rendering.figure import pixels
 
 
 def tell(report: Report) -> None:
@@ -86,7 +87,9 @@ _FIGURE: dict[str, _Writer] = {
     "MLFlowLogger": lambda to, report, step: to.experiment.log_figure(
         to.run_id, report.figure(), "warmstart/coverage.png"
     ),
-    "WandbLogger": lambda to, report, step: to.log_image(key="warmstart/coverage_map", images=[report.figure()]),
+    "WandbLogger": lambda to, report, step: to.log_image(
+        key="warmstart/coverage_map", images=[pixels(report.figure())]
+    ),
     "CometLogger": lambda to, report, step: to.experiment.log_figure("warmstart/coverage", report.figure(), step=step),
 }
 

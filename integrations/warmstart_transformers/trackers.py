@@ -13,6 +13,7 @@ from typing import Any
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from warmstart import Report
+from warmstart.rendering.figure import pixels
 
 
 def save_report(folder: Path, stem: str, report: Report) -> None:
@@ -100,11 +101,7 @@ def _wandb(
         return
     wandb.run.config.update({"warmstart": summary(report)}, allow_val_change=True)
     table = wandb.Table(columns=["report"], data=[[report.to_markdown()]])
-    picture: dict[str, Any] = {}
-    if _draws():
-        import matplotlib.pyplot  # noqa: F401 - wandb looks into it, and does not import it
-
-        picture["warmstart/coverage_map"] = wandb.Image(report.figure())
+    picture = {"warmstart/coverage_map": wandb.Image(pixels(report.figure()))} if _draws() else {}
     wandb.run.log({**scalars, **picture, "warmstart/report": table, "train/global_step": state.global_step})
 
 

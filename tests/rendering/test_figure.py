@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import warmstart
-from warmstart.rendering.figure import figure
+from warmstart.rendering.figure import figure, pixels
 
 
 def drawn(picture):
@@ -102,3 +102,16 @@ def test_without_matplotlib_the_line_to_install_it_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'warmstart\[plot\]'"):
         warmstart.load(nn.Linear(2, 2), nn.Linear(2, 2)).figure()
+
+
+def test_pixels_are_what_the_figure_shows(mixed_plan):
+    import matplotlib.image
+
+    picture = mixed_plan.apply().figure()
+    saved = io.BytesIO()
+    picture.savefig(saved, format="png", dpi=picture.dpi)
+    saved.seek(0)
+    expected = matplotlib.image.imread(saved)[..., :3]
+    found = pixels(picture)
+    assert found.shape == expected.shape
+    assert abs(found / 255 - expected).max() < 0.01

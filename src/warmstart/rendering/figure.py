@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from warmstart.mapping.grouping import printable
 from warmstart.mapping.plan.plan import Plan
 from warmstart.outcome import Outcome
@@ -93,6 +95,15 @@ def figure(plan: Plan, outcome: Outcome | None = None) -> Any:
             handlelength=1.6, columnspacing=1.4,
         )  # fmt: skip
     return drawn
+
+
+def pixels(drawn: Any) -> np.ndarray:
+    """A `matplotlib.figure.Figure` as an array of shape (height, width, 3), uint8, for trackers that take no figures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(drawn)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _tree(records: Iterable[Entry]) -> _Module:
