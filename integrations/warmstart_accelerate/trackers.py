@@ -77,7 +77,7 @@ def _picture(tracker: Any, report: Report, **options: Any) -> None:
         canvas: Any = FigureCanvasAgg(report.figure())
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        tracker.log_images({"warmstart/coverage": pixels[None]}, **options)
+        tracker.log_images({"warmstart/coverage_map": pixels[None]}, **options)  # in W&B a scalar's name is taken
 
 
 def _artifacts(tracker: Any, report: Report) -> None:

@@ -33,7 +33,7 @@ def test_tensorboard_gets_scalars_text_lineage_and_a_picture_in_the_run_that_is_
     texts = {tag: found.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in found.Tags()["tensors"]}
     assert texts["warmstart/report/text_summary"] == seen.report.to_markdown()
     assert "encoder.pt" in texts["warmstart/lineage/text_summary"]
-    assert found.Tags()["images"] == ["warmstart/coverage"]
+    assert found.Tags()["images"] == ["warmstart/coverage_map"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -66,6 +66,7 @@ def test_wandb_offline(source, tmp_path, monkeypatch):
     assert config["lr"] == 0.1
     assert config["warmstart/source"].endswith("encoder.pt")
     assert summary["warmstart/coverage"] == 1
+    assert summary["warmstart/coverage_map"]["_type"] == "images/separated"
     assert summary["warmstart/report"]["nrows"] > 1
 
 
