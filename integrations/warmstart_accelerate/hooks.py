@@ -57,13 +57,13 @@ def after(owner: object, name: str, act: Callable[[Any], object]) -> None:
     setattr(owner, name, followed)
 
 
-def before(owner: object, name: str, act: Callable[[], object]) -> None:
-    """Let `act` precede each call of the owner's method."""
+def before(owner: object, name: str, act: Callable[..., object]) -> None:
+    """Let `act` precede each call of the owner's method, with its positional arguments."""
     method = getattr(owner, name)
 
     @functools.wraps(method)
     def preceded(*args: Any, **kwargs: Any) -> Any:
-        act()
+        act(*args)
         return method(*args, **kwargs)
 
     setattr(owner, name, preceded)

@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from warmstart import CheckpointError, MappingError, Report
-from warmstart.loading.agreement import raised_on_all
+from warmstart.loading.agreement import failing_on_all, raised_on_all
 from warmstart.rendering.files import write_whole
 from warmstart_accelerate.absent import AbsentReport
 from warmstart_accelerate.hooks import FirstForward, after, before
 from warmstart_accelerate.started import Started
-from warmstart_accelerate.timing import shares
+from warmstart_accelerate.timing import refuse_meta, refuse_mixed_up, shares
 from warmstart_accelerate.trackers import log_report, save_page
 
 _MEMBER = "_warmstart_run"  # of the accelerator: what it lives with
@@ -35,8 +35,10 @@ class Run:
         self._started: list[Started] = []
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
+        before(accelerator, "prepare_model", self._about_to_prepare)
         after(accelerator, "prepare", self._prepared)
         after(accelerator, "prepare_model", self._prepared)
+        after(accelerator, "backward", self._learned)
         before(accelerator, "end_training", self._end)
 
     @classmethod
@@ -71,6 +73,10 @@ class Run:
     def _await(self, started: Started) -> None:
         started.await_forward(FirstForward(functools.partial(self._begin, started)))
 
+    def _about_to_prepare(self, model: nn.Module) -> None:
+        if any(started.model is model for started in self._started):
+            refuse_meta(model)
+
     def _prepared(self, result: Any) -> None:
         modules = [r for r in (result if isinstance(result, tuple | list) else (result,)) if isinstance(r, nn.Module)]
         optimizers = self._optimizers()
@@ -86,10 +92,19 @@ class Run:
         inner = (getattr(each, "optimizer", each) for each in self.accelerator._optimizers)
         return [o for o in inner if isinstance(o, Optimizer)]
 
-    def _begin(self, started: Started) -> None:
+    def _learned(self, _: object) -> None:
+        """A loop may call parts of a model past its forward: what has gradients trains, and is looked at before a step."""
+        for started in self._started:
+            if not started.begun and any(p.grad is not None for p in started.model.parameters()):
+                self._begin(started, buffers=False)
+
+    def _begin(self, started: Started, *, buffers: bool = True) -> None:
         accelerator = self.accelerator
+        with failing_on_all("start of training"):
+            refuse_meta(started.model)
+            refuse_mixed_up(accelerator)
         optimizers = started.trained_by(self._optimizers(), accelerator._models)
-        first = started.begin(optimizers, _bears_unused(started.module))
+        first = started.begin(optimizers, _bears_unused(started.module), buffers=buffers)
         if first and started.log and accelerator.is_main_process:
             self._tell(started)
 

@@ -142,12 +142,14 @@ class Started:
         self._steps = int((state or {}).get("steps", 0))
         self._restored, self.begun = True, False
 
-    def begin(self, optimizers: Sequence[Optimizer], bears_unused: bool) -> bool:
-        """The model trains from now on: the last look.
+    def begin(self, optimizers: Sequence[Optimizer], bears_unused: bool, *, buffers: bool) -> bool:
+        """The model trains from now on: the last look, at buffers as well if no forward has moved them yet.
 
         Returns:
             Whether there is something new to tell.
         """
+        if self._first is not None:
+            self._first.remove()
         first = self.life.start(
             self.model,
             resumed=self._restored,
@@ -155,6 +157,7 @@ class Started:
             progress=self._steps,
             bears_unused=bears_unused,
             at_first_batch=True,
+            buffers=buffers,
         )
         self.begun, self._restored = True, False
         if isinstance(self.report, AbsentReport):

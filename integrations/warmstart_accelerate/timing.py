@@ -11,10 +11,18 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
 from warmstart import TimingError
+from warmstart.mapping.grouping import listed
 
 BEFORE_PREPARE = (
     "load first, then prepare:\n"
     "       report = warm_start(accelerator, model, ...)\n"
+    "       model, optimizer = accelerator.prepare(model, optimizer)"
+)
+SHARD_FIRST = (
+    "shard it, load, then make the optimizer and prepare both:\n"
+    "       fully_shard(model)\n"
+    "       report = warm_start(accelerator, model, ...)\n"
+    "       optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)\n"
     "       model, optimizer = accelerator.prepare(model, optimizer)"
 )
 BEFORE_OPTIMIZER = (
@@ -39,6 +47,38 @@ def refuse_prepared(accelerator: Accelerator, model: nn.Module) -> None:
         raise TimingError(
             f"the {type(model).__name__} {what} already: what it trains and averages is settled, and a load or a freeze "
             f"comes too late\n  -> {BEFORE_PREPARE}"
+        )
+
+
+def refuse_mixed_up(accelerator: Accelerator) -> None:
+    """Refuse an optimizer to which accelerate gave the shards of a model on meta: it tells them by address; these had none.
+
+    Raises:
+        TimingError: There is one.
+    """
+    for optimizer in accelerator._optimizers:
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        if len(set(held)) < len(held):
+            raise TimingError(
+                f"the optimizer was prepared with a model on the meta device, and has {len(set(held))} of its {len(held)} "
+                f"parameters now: it would not train the others\n  -> {SHARD_FIRST}"
+            )
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """Refuse a model of which a part never got memory: what is offloaded by hooks has its values there.
+
+    Raises:
+        TimingError: There is such a part.
+    """
+    hooked = {id(p) for m in model.modules() if hasattr(m, "_hf_hook") for p in m.parameters()}
+    left = [name for name, p in model.named_parameters() if p.is_meta and id(p) not in hooked]
+    if left:
+        raise TimingError(
+            f"{len(left)} parameters of the {type(model).__name__} are on the meta device still and have no values\n"
+            f"{listed((name, '') for name in left)}\n"
+            "  -> load the whole model, without into=, with allow_missing= for what it shall initialise itself; where no "
+            f"process can hold it whole, {SHARD_FIRST}"
         )
 
 

@@ -72,9 +72,8 @@ def _log_table(tracker: Any, report: Report) -> None:
 
 def _picture(tracker: Any, report: Report, **options: Any) -> None:
     if find_spec("matplotlib") is not None:
-        tracker.log_images(
-            {"warmstart/coverage_map": pixels(report.figure())[None]}, **options
-        )  # W&B has one entry for a name
+        picture = pixels(report.figure())[None]
+        tracker.log_images({"warmstart/coverage_map": picture}, **options)  # in W&B a scalar's name is taken
 
 
 def _artifacts(tracker: Any, report: Report) -> None:

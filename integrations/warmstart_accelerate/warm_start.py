@@ -27,7 +27,13 @@ from warmstart.patterns import Patterns
 from warmstart_accelerate.launching import warn_if_alone
 from warmstart_accelerate.run import Run
 from warmstart_accelerate.started import LoopLifecycle, Started
-from warmstart_accelerate.timing import refuse_engine, refuse_prepared, refuse_unheard_release, trains_by_deepspeed
+from warmstart_accelerate.timing import (
+    refuse_engine,
+    refuse_mixed_up,
+    refuse_prepared,
+    refuse_unheard_release,
+    trains_by_deepspeed,
+)
 
 
 def warm_start(
@@ -54,8 +60,9 @@ def warm_start(
     `accelerator.save_state` carries lineage and the frozen set, and compares the frozen tensors by sample;
     `accelerator.end_training` compares them in full. A process that loads a state needs no pretrained file any more.
 
-    A model that only exists sharded by FSDP2 (over the meta device) is loaded after `prepare` instead, and frozen before it:
-    `warmstart.freeze(model, ...)`. With DeepSpeed the load comes before `prepare` in any case, also of a model that
+    A model that no process can hold whole is made on the meta device and given to `fully_shard` first, which gives it no memory
+    yet. One that `prepare` has sharded by FSDP2 can be loaded as well; what is to be frozen of it leaves the optimizer before,
+    by `requires_grad_(False)`. With DeepSpeed the load comes before `prepare` in any case, also of a model that
     `deepspeed.zero.Init` has partitioned: the optimizer that `prepare` makes has copies, which are compared as well.
 
     Args:
@@ -107,6 +114,7 @@ def warm_start(
     with raised_on_all("warm_start"):  # before the first collective: a call on one process only is found here
         refuse_engine(accelerator)
         refuse_prepared(accelerator, model)
+        refuse_mixed_up(accelerator)
         if unfreeze:
             refuse_unheard_release(accelerator)
     life = LoopLifecycle(

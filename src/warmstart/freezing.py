@@ -83,6 +83,13 @@ class Frozen:
         self.model = model
         self._targets = {target.name: target for target in targets}
         self.declared = self.names
+        if unborn := [target.name for target in targets if target.tensor.is_meta]:
+            raise TimingError(
+                f"{len(unborn)} entries are on the meta device and have no values to hold yet\n"
+                f"{listed((name, '') for name in unborn)}\n"
+                "  -> freeze them when they are loaded, freeze=; an optimizer that is made before leaves them out after "
+                "requires_grad_(False)"
+            )
         self.rows = dict(rows or {})
         self._row_targets = dict(row_targets or {})
         self._row_names = dict(row_names or {})

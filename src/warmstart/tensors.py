@@ -53,7 +53,7 @@ def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
 
     Args:
         tensor: The tensor.
-        dtype: Of a floating-point tensor, what to cast it to first; no more than a piece of it is cast at a time.
+        dtype: Of a real floating-point tensor, what to cast it to first; no more than a piece of it is cast at a time.
     """
     flat, total = _flat(tensor), _seed(dtype or tensor.dtype, tensor.shape)
     cast = dtype is not None and dtype != tensor.dtype  # a complex tensor lies flat as real numbers

@@ -86,6 +86,19 @@ def rows_are_kept_and_held(folder: Path) -> None:
         assert not (after[name][11:] == expected[name][11:]).any()
 
 
+def an_adapter_without_effect_is_known_to_all_by_what_one_holds(folder: Path) -> None:
+    """field_note_31: of its last factor each rank has a part, which may be zero alone."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q"])
+    tensors = peft.get_peft_model_state_dict(peft.get_peft_model(cells.fresh(CASES["full"]), config))
+    for touched in (False, True):
+        if touched:
+            tensors["base_model.model.blocks.1.q.lora_B.weight"][-1] = 1  # the last rank's
+        model = peft.get_peft_model(cells.fresh(CASES["full"]), config)
+        report = warmstart.load(cells.fully_sharded(model, CASES["full"]), tensors)
+        assert any("adapter 'default' has no effect" in note for note in report.notes) is not touched
+
+
 def there_and_back_through_dcp(folder: Path) -> None:
     """A DCP folder under another codebase's names is loaded, trained on, and written in that layout again."""
     import torch.distributed.checkpoint as dcp
@@ -244,6 +257,7 @@ STORIES: dict[str, list[Callable[[Path], None]]] = {
         between_forward_and_backward,
         a_source_in_memory_is_remembered,
         rows_are_kept_and_held,
+        an_adapter_without_effect_is_known_to_all_by_what_one_holds,
         there_and_back_through_dcp,
         another_dtype_is_refused,
     ],

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_IMPORTED = [
+_IMPORTED = [  # those that are installed
     "torch._dynamo",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
@@ -21,6 +21,8 @@ _IMPORTED = [
     "safetensors.torch",
     "pytest",
     "warmstart_accelerate",
+    "peft",
+    "deepspeed",
 ]
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "MASTER_ADDR": "127.0.0.1"}
 

@@ -10,24 +10,24 @@ from pathlib import Path
 
 import loops
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-import warmstart
 from warmstart_accelerate import warm_start
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 found: dict[str, object] = {}
 
 
-def fsdp2() -> Accelerator:
+def fsdp2(efficient: bool = False) -> Accelerator:
     """Accelerate selects FSDP on accelerators only: on CPUs its state is told."""
     accelerator = Accelerator(cpu=True)
     AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False
+        fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=efficient
     )
     return accelerator
 
@@ -37,32 +37,63 @@ def whole(model: nn.Module) -> dict[str, object]:
     return {n: (v.full_tensor() if hasattr(v, "full_tensor") else v).tolist() for n, v in values.items()}
 
 
+def empty() -> nn.Module:
+    with init_empty_weights():
+        return loops.Smooth()
+
+
 def step(accelerator, model, optimizer):
     accelerator.backward(model(torch.randn(4, 4)).square().mean())
     optimizer.step()
 
 
-def before_prepare():
-    accelerator, model = fsdp2(), loops.Smooth()
-    report = warm_start(accelerator, model, folder / "encoder.pt", into="encoder", freeze="encoder.0")
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model, optimizer = accelerator.prepare(model, optimizer)
+def trained(accelerator, model, optimizer, report):
     start = whole(model)
     step(accelerator, model, optimizer)
     report.frozen.check()
-    kinds = {type(p).__name__ for p in model.parameters()}
-    return {"start": start, "end": whole(model), "status": report.status, "kinds": sorted(kinds)}
+    kinds = sorted({type(p).__name__ for p in model.parameters()})
+    return {"start": start, "end": whole(model), "status": report.status, "kinds": kinds}
+
+
+def before_prepare(accelerator=None, model=None, source="encoder.pt", **fields):
+    accelerator, model = accelerator or fsdp2(), model or loops.Smooth()
+    report = warm_start(accelerator, model, folder / source, freeze="encoder.0", **(fields or {"into": "encoder"}))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    return trained(accelerator, *accelerator.prepare(model, optimizer), report)
+
+
+def before_prepare_that_shards_what_rank_0_has():
+    return before_prepare(fsdp2(efficient=True))
+
+
+def on_meta_before_prepare():
+    return before_prepare(model=empty(), source="whole.pt", allow_missing="head")
+
+
+def on_meta_in_part_before_prepare():
+    accelerator, model = fsdp2(), empty()
+    warm_start(accelerator, model, folder / "encoder.pt", into="encoder")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(accelerator, *accelerator.prepare(model, optimizer))
 
 
 def after_prepare():
     accelerator, model = fsdp2(), loops.Smooth()
-    frozen = warmstart.freeze(model, "encoder.0")
+    model.encoder[0].requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
-    report = warm_start(accelerator, model, folder / "encoder.pt", into="encoder")
-    start = whole(model)
-    step(accelerator, model, optimizer)
-    return {"start": start, "end": whole(model), "status": report.status, "frozen": len(frozen)}
+    report = warm_start(accelerator, model, folder / "encoder.pt", into="encoder", freeze="encoder.0")
+    return trained(accelerator, model, optimizer, report)
+
+
+def on_meta_sharded_before_prepare():
+    return before_prepare(model=fully_shard(empty()), source="whole.pt", allow_missing="head")
+
+
+def on_meta_after_prepare():
+    accelerator, model = fsdp2(), empty()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    warm_start(accelerator, model, folder / "whole.pt", allow_missing="head")
 
 
 def overwritten():
@@ -76,8 +107,13 @@ def overwritten():
     model(torch.randn(4, 4))
 
 
+CASES = [
+    before_prepare, before_prepare_that_shards_what_rank_0_has, on_meta_before_prepare, on_meta_in_part_before_prepare,
+    after_prepare, on_meta_sharded_before_prepare, on_meta_after_prepare, overwritten,
+]  # fmt: skip
+
 if __name__ == "__main__":
-    for case in (before_prepare, after_prepare, overwritten):
+    for case in CASES:
         loops.fresh()
         torch.manual_seed(rank)
         try:

@@ -102,6 +102,21 @@ def test_field_note_12_what_was_released_stays_so(smooth, tmp_path):
     assert loops.equal(loops.weights(rest.model), loops.weights(whole.model))
 
 
+def test_a_state_in_pickles_that_is_loaded_again_and_again(source, tmp_path):
+    first = loops.train(source, freeze="encoder.0", steps=2)
+    first.accelerator.save_state(tmp_path / "state", safe_serialization=False)
+    saved = loops.weights(first.model)
+    loops.fresh()
+    rest = loops.train(source, seed=5, freeze="encoder.0", resume=tmp_path / "state", skip=2)
+    assert rest.report.status == "superseded-by-resume"
+    for _ in range(2):
+        rest.accelerator.load_state(tmp_path / "state")
+        assert loops.equal(loops.weights(rest.model), saved)
+        rest.prepared(torch.randn(8, 4))
+        assert torch.equal(rest.model.head.weight, saved["head.weight"])
+    rest.accelerator.end_training()
+
+
 def test_a_state_that_no_warm_start_left_its_mark_in(source, tmp_path):
     loops.train(None, load=lambda model: None, steps=2, save=tmp_path / "state")
     loops.fresh()

@@ -7,7 +7,7 @@ import re
 import loops
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
@@ -98,6 +98,22 @@ def test_an_optimizer_of_another_model(source):
     prepared, _ = accelerator.prepare(model, torch.optim.SGD(loops.Net().parameters(), lr=0.1))
     with pytest.raises(TimingError, match="SGD holds none of the model's 8 trainable parameters"):
         prepared(torch.randn(8, 4))
+
+
+@pytest.mark.parametrize("prepare", [True, False])
+def test_what_is_left_without_memory_is_refused_before_anything_moves_it(source, prepare):
+    """field_note_23."""
+    with init_empty_weights():
+        model = loops.Net()
+    accelerator = Accelerator(cpu=True)
+    warm_start(accelerator, model, source, into="encoder")
+    with pytest.raises(TimingError, match="2 parameters of the Net are on the meta device") as caught:
+        accelerator.prepare(model) if prepare else model(torch.randn(8, 4))
+    assert "allow_missing=" in str(caught.value)
+    assert str(caught.value).endswith("model, optimizer = accelerator.prepare(model, optimizer)")
+    assert "head.{bias,weight}" in str(caught.value) or "head.weight" in str(caught.value)
+    warm_start(accelerator, model, {"weight": torch.ones(2, 8), "bias": torch.zeros(2)}, into="head")
+    assert accelerator.prepare(model)(torch.randn(8, 4)).shape == (8, 2)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_wandb_offline(source, tmp_path, monkeypatch):
     assert config["lr"] == 0.1
     assert config["warmstart/source"].endswith("encoder.pt")
     assert summary["warmstart/coverage"] == 1
+    assert summary["warmstart/coverage_map"]["_type"] == "images/separated"
     assert summary["warmstart/report"]["nrows"] > 1
 
 

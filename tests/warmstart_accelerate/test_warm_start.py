@@ -91,6 +91,27 @@ def test_a_model_that_is_never_prepared_is_looked_at_as_well(source):
         model(torch.randn(8, 4))
 
 
+def test_a_loop_that_calls_the_parts_of_its_model_gets_the_last_look_before_its_first_step(source):
+    """No forward of the model, no hook of it: what has gradients trains."""
+
+    def loop(overwrite):
+        loops.fresh()
+        accelerator, model = Accelerator(cpu=True), loops.Net()
+        report = warm_start(accelerator, model, source, into="encoder", log=False)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        if overwrite:
+            nn.init.zeros_(model.encoder[3].weight)
+        loss = model.head(model.encoder(torch.randn(8, 4))).square().mean()  # moves the statistics
+        accelerator.backward(loss)
+        optimizer.step()
+        model(torch.randn(8, 4))  # nothing is looked at twice
+        return report
+
+    assert loop(overwrite=False).status == "applied"
+    with pytest.raises(VerificationError, match=r"encoder\.3\.weight"):
+        loop(overwrite=True)
+
+
 def test_report_check_does_it_at_once_and_on_what_was_prepared(source):
     accelerator = Accelerator(cpu=True)
     model = loops.Net()

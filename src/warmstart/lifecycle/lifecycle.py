@@ -339,6 +339,7 @@ class Lifecycle:
         progress: int = 0,
         bears_unused: bool = True,
         at_first_batch: bool = False,
+        buffers: bool = True,
     ) -> bool:
         """The last look before training: values first, then whether a restore explains a difference.
 
@@ -349,6 +350,7 @@ class Lifecycle:
             progress: How many units (`unfreeze_unit`) the run has behind it.
             bears_unused: Whether the wrapper that averages gradients bears parameters that get none for now.
             at_first_batch: Whether the first batch comes next, so that `check_first_batch` would see nothing new.
+            buffers: Whether no forward has moved the buffers yet, so that they are compared as well.
 
         Returns:
             Whether the model has not trained since it was loaded, so that there is something new to tell.
@@ -361,14 +363,20 @@ class Lifecycle:
             FrozenChangedError: A frozen tensor is trainable again or has moved.
         """
         with raised_on_all("start of training"):
-            self._start(model, resumed, optimizers)
+            self._start(model, resumed, optimizers, buffers)
         with raised_on_all("freeze"):  # on its own: it gathers shards, for which each rank is needed
             self._freeze.start(resumed=resumed, progress=progress, bears_unused=bears_unused)
         first = not self._trained
         self._trained = self._trained or at_first_batch
         return first
 
-    def _start(self, model: nn.Module, resumed: bool, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
+    def _start(
+        self,
+        model: nn.Module,
+        resumed: bool,
+        optimizers: Sequence[torch.optim.Optimizer] | None = None,
+        buffers: bool = True,
+    ) -> None:
         self._unwatch()
         failed = self.report is not None and self.report.status == "failed"
         if not self.loaded(model) or failed:
@@ -386,7 +394,7 @@ class Lifecycle:
             self._settle_gone(model, resumed)
         elif self.report is not None:
             if resumed or not self._trained:
-                self._compare(self.report, model, resumed)
+                self._compare(self.report, model, resumed, buffers)
             else:
                 raise_differences(structure(self.report.plan, model), "when training starts again")
             audit(self.report.plan, model, optimizers)
@@ -399,7 +407,7 @@ class Lifecycle:
             WarmStartError: As `start`.
         """
         with raised_on_all("look before a stage"):
-            self._start(model, resumed, None)
+            self._start(model, resumed)
 
     def enforce(self) -> None:
         """Freeze what the schedule releases later; the optimizer and the wrapper are there by now."""
@@ -444,12 +452,12 @@ class Lifecycle:
                 'freeze=["encoder"], or resume from a checkpoint that holds this callback\'s state'
             )
 
-    def _compare(self, report: Report, model: nn.Module, resumed: bool) -> None:
+    def _compare(self, report: Report, model: nn.Module, resumed: bool, buffers: bool) -> None:
         if self.verify == "off":
             report.status = "superseded-by-resume" if resumed else report.status
             return
         try:
-            wrong = report.differences(model, self.verify)
+            wrong = report.differences(model, self.verify, buffers=buffers)
         except CheckpointError:
             if not resumed:
                 raise

@@ -220,7 +220,7 @@ class Ranks:
             waited = time.monotonic() - started
             if waited > probed + _PROBE_SECONDS:
                 probed = waited
-                error, without = self._ended(step), []
+                error, without = self._ended(step), list[int]()
                 if error is None and waited >= self._limit:
                     error, without = self._late(number, step, waited)
                 if error is not None:

@@ -146,7 +146,7 @@ class Digests:
         # A host that computes in 16 bits casts what we wrote; the checksum of that cast has to be known by then.
         wide = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         narrower = wide[wide.index(value.dtype) + 1 :] if value.dtype in wide[:2] else ()
-        self._known[name] = {dtype: digest(value, dtype) for dtype in (value.dtype, *narrower)}
+        self._known[name] = {value.dtype: digest(value)} | {dtype: digest(value, dtype) for dtype in narrower}
 
     def equal(self, name: str, tensor: Tensor) -> bool:
         known = self._known[name]
