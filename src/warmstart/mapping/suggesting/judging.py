@@ -132,14 +132,14 @@ def _both_own(link: Link, keys: Side, entries: Side) -> bool:
 def _swapped(link: Link, keys: Side, entries: Side) -> bool:
     """Whether both names are used on both sides, so that each has its own partner: `to_q` is not `out_proj`.
 
-    A row of numbers that starts late has lost its first.
+    A row of numbers that starts late has lost its first, and a row of one has lost the others.
     """
     above = link.key.path[:-1], link.entry.path[:-1]
     if above[0] != above[1] and above[0] in entries.paths and above[1] in keys.paths:
         return True
     said = []
     for words, item, other in ((link.extra[0], link.key, entries), (link.extra[1], link.entry, keys)):
-        if any(w[0].isdecimal() and int(w.partition(" of ")[2].partition("-")[0] or 0) > 1 for w in words):
+        if any(_lost(word) for word in words):
             return True
         last = other.lexicon.content(item.path[-1])
         telling = frozenset(w for w in words if not w[0].isdecimal())
@@ -148,6 +148,12 @@ def _swapped(link: Link, keys: Side, entries: Side) -> bool:
     return all(
         any(w in other.words for w in words) and (not only_number or all(bare)) for words, only_number, other in said
     )
+
+
+def _lost(word: str) -> bool:
+    """Whether a number's row, as in `2 of 2-3`, starts late or has nothing else."""
+    first, _, last = word.partition(" of ")[2].partition("-")
+    return bool(last) and (int(first) > 1 or first == last)
 
 
 def _strays(link: Link, there: Mapping[Path, Counter[Path]], back: Mapping[Path, Counter[Path]]) -> bool:

@@ -47,6 +47,7 @@ class Side:
     lexicon: Lexicon
     paths: set[Path] = field(default_factory=set)
     names: set[Path] = field(default_factory=set)
+    readings: set[tuple[Bag, ...]] = field(default_factory=set)
     segments: set[str] = field(default_factory=set)
     parents: Counter[str] = field(default_factory=Counter)
     words: Counter[str] = field(default_factory=Counter)
@@ -71,6 +72,14 @@ class Side:
             self.paths.update(template.path[:i] for i in range(len(template.path) + 1))
             self.tails[template] = list(_tails(template.path, self.lexicon))
         self.parents.update(path[-1] for path in self.paths if path)
+        self.readings = {self._reading(path) for path in self.paths}
+
+    def _reading(self, path: Path) -> tuple[Bag, ...]:
+        return tuple(self.lexicon.content(segment) for segment in path)
+
+    def reads(self, path: Path) -> bool:
+        """Whether there is a node of a path's words: `enc` where `encoder` is."""
+        return self._reading(path) in self.readings
 
     def says(self, place: Path, word: str, item: Item) -> bool:
         """Whether another tensor below a place says a word, in the same items of lists as one does."""
@@ -369,7 +378,7 @@ def _both_own(place: Place, keys: Side, entries: Side) -> bool:
         return False
     left = next(i for i in range(len(key) + 1) if key[i : i + len(a)] == a)
     other = next(i for i in range(len(entry) + 1) if entry[i : i + len(b)] == b)
-    return (*entry[:other], *a) in entries.paths or (*key[:left], *b) in keys.paths
+    return entries.reads((*entry[:other], *a)) or keys.reads((*key[:left], *b))
 
 
 def _mutual(chosen: dict[Template, Candidate], votes: dict[Place, set[Tail]]) -> dict[Template, Candidate]:
