@@ -12,7 +12,7 @@ from warmstart.mapping.suggesting.matching import Candidate, Pairing, Side, own_
 from warmstart.mapping.suggesting.siblings import Siblings
 from warmstart.mapping.suggesting.spelling import spelled_alike
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
-from warmstart.mapping.suggesting.vocabulary import APART
+from warmstart.mapping.suggesting.vocabulary import apart
 
 _MISSING = 0.03  # share of one side's templates without a partner up to which the other is taken to have them all
 _SUPPORT = 3  # names that must differ by the same words before these say nothing
@@ -70,7 +70,7 @@ def judged(
         ):
             sure.add(link)
             continue
-        if not (closed and link.evidence) or link.doubted or owned or (a & APART and b & APART):
+        if not (closed and link.evidence) or link.doubted or owned or apart(a, b):
             continue
         row = any(
             len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})

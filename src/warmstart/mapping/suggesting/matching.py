@@ -11,6 +11,7 @@ from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.indices import spread
 from warmstart.mapping.suggesting.items import LEAVES, Item
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
+from warmstart.mapping.suggesting.vocabulary import apart
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 Bag = tuple[str, ...]
@@ -341,8 +342,12 @@ def _best(options: list[Candidate], votes: dict[Place, set[Tail]], keys: Side, e
 
 def _said(place: Place, lexicon: Lexicon) -> int:
     """How many words two paths share."""
-    a, b = (Counter(word for segment in path for word in lexicon.content(segment)) for path in place)
+    a, b = (Counter(_words(path, lexicon)) for path in place)
     return (a & b).total()
+
+
+def _words(path: Path, lexicon: Lexicon) -> Iterator[str]:
+    return (word for segment in path for word in lexicon.content(segment))
 
 
 def _corresponds(place: Place, tails: set[Tail], keys: Side, entries: Side) -> bool:
@@ -371,11 +376,13 @@ def replaced(place: Place, lexicon: Lexicon) -> tuple[Path, Path]:
 
 
 def _both_own(place: Place, keys: Side, entries: Side) -> bool:
-    """Whether a name is replaced by another although one of the sides has both, side by side."""
+    """Whether a name is replaced by another although a side has both, side by side, or by one that is never the other."""
     key, entry = place
     a, b = replaced(place, keys.lexicon)
     if not a or not b:
         return False
+    if keys.lexicon.vocabulary and apart(*(_words(path, keys.lexicon) for path in place)):
+        return True
     left = next(i for i in range(len(key) + 1) if key[i : i + len(a)] == a)
     other = next(i for i in range(len(entry) + 1) if entry[i : i + len(b)] == b)
     return entries.reads((*entry[:other], *a)) or keys.reads((*key[:left], *b))
