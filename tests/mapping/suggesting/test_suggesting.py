@@ -14,6 +14,7 @@ from torch import nn
 import warmstart
 from warmstart import MappingError, Pretrained
 from warmstart.mapping.suggesting.suggesting import suggest_rules
+from warmstart.mapping.suggesting.words import Lexicon
 
 from .conftest import Header, layers, net
 
@@ -538,3 +539,16 @@ def test_rows_that_count_from_0_and_from_1_go_together_in_order(suggest):
     for side, gone in ((keys, "norm1"), (entries, "norm1"), (entries, "norm2")):
         left = {name: shape for name, shape in side.items() if gone not in name}
         assert not wrong(suggest(left, entries) if side is keys else suggest(keys, left), truth)
+
+
+@pytest.mark.parametrize("large", ["checkpoint", "model"])
+def test_more_kinds_of_names_than_are_compared_are_an_answer_of_their_own(suggest, monkeypatch, large):
+    """Names without any sense are refused before a single one is read as words."""
+    nonsense = {f"{'ab'[i % 2]}x{i}y.w": (i % 9 + 1,) for i in range(5_001)}
+    sides = (nonsense, {"a.weight": (3,)}) if large == "checkpoint" else ({"a.weight": (3,)}, nonsense)
+    read = []
+    monkeypatch.setattr(Lexicon, "segment", lambda _, segment: read.append(segment))
+    with pytest.raises(MappingError, match=rf"the {large} has 5,001 kinds of names .* more than the 5,000") as error:
+        suggest(*sides)
+    assert "select=" in str(error.value)
+    assert not read
