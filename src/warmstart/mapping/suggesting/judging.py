@@ -18,9 +18,7 @@ _MISSING = 0.03  # share of one side's templates without a partner up to which t
 _SUPPORT = 3  # names that must differ by the same words before these say nothing
 
 
-def judged(
-    links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: Side, pairing: Pairing
-) -> set[Link]:
+def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: Side, pairing: Pairing) -> set[Link]:
     """Which links have enough for them to be applied.
 
     Every word explained is enough. Less is enough only where next to nothing is missing on one of the sides (`closed`): where
@@ -170,16 +168,23 @@ def _crossed(row: Sequence[Link]) -> bool:
 
 
 def _rare(link: Link, keys: Side, entries: Side) -> bool:
-    """Whether one name is the end of the other, and starts with a segment that either side has once."""
-    a, b = link.key.path, link.entry.path
-    if "" not in {leaf for leaf, _ in link.key.tensors} or a[-1] != b[-1] or len(a[-1].split("_")) < 3:
-        short, long = sorted((a, b), key=len)
-        if long[len(long) - len(short) :] != short:
-            return False
-        segment = short[0]
-    else:
-        segment = a[-1]
-    return keys.parents[segment] == entries.parents[segment] == 1
+    """Whether a segment that either side has once says it.
+
+    One name is the end of the other and starts with it, or both end in it: in a long word of a tensor's own, or with all
+    words of the one in the other, in order.
+    """
+
+    def once(segment: str) -> bool:
+        return keys.parents[segment] == entries.parents[segment] == 1
+
+    short, long = sorted((link.key.path, link.entry.path), key=len)
+    if long[len(long) - len(short) :] == short and once(short[0]):
+        return True
+    if short[-1] != long[-1] or not once(short[-1]):
+        return False
+    rest = iter([keys.lexicon.content(segment) for segment in long])
+    own = "" in {leaf for leaf, _ in link.key.tensors}
+    return (own and len(short[-1].split("_")) > 2) or all(keys.lexicon.content(segment) in rest for segment in short)
 
 
 def _closed(

@@ -54,6 +54,8 @@ class PlaceWords:
         a, b = self._said[x], self._said[y]
         if self.vetoed(x, y):
             return 0.0
+        if self.sameturn_of(x, y):
+            return 1.0
         shared = sum(self._weight(w) for w in a & b)
         total = sum(self._weight(w) for w in a) + sum(self._weight(w) for w in b)
         return 2 * shared / total if total else 0.0
