@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import warmstart
@@ -45,8 +46,8 @@ class Stack(LightningModule):
     def training_step(self, batch: Tensor) -> Tensor:
         return self(batch)["loss"]
 
-    def train_dataloader(self) -> list[Tensor]:
-        return [torch.ones(2, 4)]
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.ones(2, 4), batch_size=2)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.0)
