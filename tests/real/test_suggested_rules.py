@@ -66,7 +66,12 @@ def test_albert_under_a_wrapper_and_older_words():
 
     path = real_weights.ALBERT.fetch()
     source = torch.load(path, weights_only=True, map_location="cpu")
-    words = {"albert.": "net.encoder_.", "attention.query": "attn.q", "attention.key": "attn.k", "attention.value": "attn.v"}
+    words = {
+        "albert.": "net.encoder_.",
+        "attention.query": "attn.q",
+        "attention.key": "attn.k",
+        "attention.value": "attn.v",
+    }
     foreign = {}
     for name, tensor in source.items():
         for theirs, ours in words.items():
