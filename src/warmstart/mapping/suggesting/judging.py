@@ -90,6 +90,7 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
             or (some and len(affixes[link.extra]) > 1 and not (known_there and known_here))
             or (
                 (row or len(repeats[link.extra]) > 1)
+                and (some or not (known_there and known_here))
                 and not stranger
                 and not _strays(link, there, back)
                 and not _swapped(link, keys, entries)
