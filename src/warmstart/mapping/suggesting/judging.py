@@ -181,7 +181,7 @@ def _rare(link: Link, keys: Side, entries: Side) -> bool:
     short, long = sorted((link.key.path, link.entry.path), key=len)
     if long[len(long) - len(short) :] == short and once(short[0]):
         return True
-    if short[-1] != long[-1] or not once(short[-1]):
+    if short[-1] != long[-1] or not once(short[-1]) or numbered(short[-1])[1] is not None:
         return False
     rest = iter([keys.lexicon.content(segment) for segment in long])
     own = "" in {leaf for leaf, _ in link.key.tensors}
