@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -57,3 +58,32 @@ def test_mobilenetv2_by_numbers_into_names_is_said_not_to_be_known():
     """Numbered layers and named ones share no word: it refuses, with what it could pair, rather than guess."""
     with pytest.raises(warmstart.MappingError, match=r"too little in common to suggest rules: \d+ of 312 keys"):
         warmstart.suggest(mobilenetv2.MobileNetV2(), real_weights.MOBILENETV2.fetch())
+
+
+def test_albert_under_a_wrapper_and_older_words():
+    """A tied decoder, one layer that is shared, an own spelling of the attention: every tensor is sure and value-equal."""
+    from transformers import AlbertConfig, AlbertForMaskedLM
+
+    path = real_weights.ALBERT.fetch()
+    source = torch.load(path, weights_only=True, map_location="cpu")
+    words = {
+        "albert.": "net.encoder_.",
+        "attention.query": "attn.q",
+        "attention.key": "attn.k",
+        "attention.value": "attn.v",
+    }
+    foreign = {}
+    for name, tensor in source.items():
+        for theirs, ours in words.items():
+            name = name.replace(theirs, ours)
+        foreign[name] = tensor
+    model = AlbertForMaskedLM(AlbertConfig(**json.loads(real_weights.ALBERT.fetch("config.json").read_text())))
+    suggestion = warmstart.suggest(model, foreign)
+    assert suggestion.proposed == ()
+    assert suggestion.unexplained.entries == ()
+    assert all("pooler" in key for key in suggestion.unexplained.keys)  # the class has none
+    report = warmstart.load(model, dataclasses.replace(suggestion.pretrained, allow_unexpected="net.encoder_.pooler"))
+    assert report.coverage == 1
+    state = model.state_dict()
+    assert all(same_bits(state[name], tensor) for name, tensor in source.items() if name in state)
+    assert len(suggestion.mapping) >= 24

@@ -14,6 +14,7 @@ from torch import nn
 import warmstart
 from warmstart import MappingError, Pretrained
 from warmstart.mapping.suggesting.suggesting import suggest_rules
+from warmstart.mapping.suggesting.words import Lexicon
 
 from .conftest import Header, layers, net
 
@@ -214,6 +215,40 @@ def test_another_language_on_both_sides_makes_nothing_wrong(data, vocabulary):
     except MappingError:
         return
     assert not wrong(suggestion, {said(e): said(k) for e, k in truth.items()})
+
+
+TOWER = {
+    "attention.query.weight": (D, D), "attention.key.weight": (D, D), "attention.output.weight": (D, D),
+    "mlp.up.weight": (F, D), "mlp.down.weight": (D, F), "norm.weight": (D,), "gain": (3,),
+}  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_towers_in_any_language_are_never_crossed(data):
+    """Two towers, called otherwise on both sides, with or without modules that both call alike, some lost crosswise."""
+    towers = data.draw(st.lists(words_of_letters, min_size=4, max_size=4, unique=True))
+    kept = data.draw(st.booleans())  # whether the sides have one language for what is in a tower
+    inside = sorted({w for n in TOWER for w in n.split(".")} - {"weight"})
+    drawn = data.draw(st.lists(words_of_letters, min_size=len(inside), max_size=len(inside), unique=True))
+    language = {} if kept else dict(zip(inside, drawn, strict=True))
+    lost = data.draw(st.tuples(*[st.sampled_from([None, *inside])] * 2))
+    truth = {}
+    for key, entry in zip(towers[:2], towers[2:], strict=True):
+        for part in TOWER:
+            said = ".".join(language.get(word, word) for word in part.split("."))
+            truth |= {f"{entry}.layers.{i}.{said}": f"{key}.layers.{i}.{part}" for i in range(4)}
+    shapes = {key: TOWER[key.split(".", 3)[3]] for key in truth.values()}
+    keys = {k: s for k, s in shapes.items() if not (k.startswith(f"{towers[0]}.") and lost[0] in k.split("."))}
+    entries = {
+        e: shapes[k] for e, k in truth.items() if not (e.startswith(f"{towers[3]}.") and lost[1] in k.split("."))
+    }
+    checkpoint = Header(keys)
+    try:
+        suggestion = suggest_rules(net(entries), Pretrained(checkpoint), checkpoint)
+    except MappingError:
+        return
+    assert not wrong(suggestion, truth)
 
 
 # ---- indices ----
@@ -538,3 +573,16 @@ def test_rows_that_count_from_0_and_from_1_go_together_in_order(suggest):
     for side, gone in ((keys, "norm1"), (entries, "norm1"), (entries, "norm2")):
         left = {name: shape for name, shape in side.items() if gone not in name}
         assert not wrong(suggest(left, entries) if side is keys else suggest(keys, left), truth)
+
+
+@pytest.mark.parametrize("large", ["checkpoint", "model"])
+def test_more_kinds_of_names_than_are_compared_are_an_answer_of_their_own(suggest, monkeypatch, large):
+    """Names without any sense are refused before a single one is read as words."""
+    nonsense = {f"{'ab'[i % 2]}x{i}y.w": (i % 9 + 1,) for i in range(5_001)}
+    sides = (nonsense, {"a.weight": (3,)}) if large == "checkpoint" else ({"a.weight": (3,)}, nonsense)
+    read = []
+    monkeypatch.setattr(Lexicon, "segment", lambda _, segment: read.append(segment))
+    with pytest.raises(MappingError, match=rf"the {large} has 5,001 kinds of names .* more than the 5,000") as error:
+        suggest(*sides)
+    assert "select=" in str(error.value)
+    assert not read

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from warmstart.errors import MappingError
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.indices import ListSets, shift
 from warmstart.mapping.suggesting.items import matched
@@ -14,6 +15,8 @@ from warmstart.mapping.suggesting.siblings import Siblings
 from warmstart.mapping.suggesting.structure import structure
 from warmstart.mapping.suggesting.templates import Template, index_positions, templates
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
+
+_KINDS = 5_000  # of names on one side that are compared; real architectures have some hundreds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,8 +86,18 @@ def infer(keys: Mapping[str, Shape], entries: Mapping[str, Shape], *, vocabulary
         keys: The checkpoint's names and shapes.
         entries: The model's.
         vocabulary: Whether to use the declared synonyms.
+
+    Raises:
+        MappingError: A side has more kinds of names than are compared.
     """
     both = templates(*({name: shape for name, shape in side.items() if INDEX not in name} for side in (keys, entries)))
+    for what, side in zip(("checkpoint", "model"), both, strict=True):
+        if len(side) > _KINDS:
+            raise MappingError(
+                f"the {what} has {len(side):,} kinds of names (all layers of a list are one kind), more than the {_KINDS:,} "
+                "that suggest compares; it says nothing of them\n"
+                '  -> narrow both sides, into="..." and select=["..."]; else write the rules by hand, rename={...}'
+            )
     found = Inference(both[0], both[1])
     lexicon = Lexicon(vocabulary)
     a, b = Side(found.keys, lexicon), Side(found.entries, lexicon)

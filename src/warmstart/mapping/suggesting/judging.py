@@ -12,7 +12,7 @@ from warmstart.mapping.suggesting.matching import Candidate, Pairing, Side, own_
 from warmstart.mapping.suggesting.siblings import Siblings
 from warmstart.mapping.suggesting.spelling import spelled_alike
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
-from warmstart.mapping.suggesting.vocabulary import APART
+from warmstart.mapping.suggesting.vocabulary import apart
 
 _MISSING = 0.03  # share of one side's templates without a partner up to which the other is taken to have them all
 _SUPPORT = 3  # names that must differ by the same words before these say nothing
@@ -68,7 +68,7 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
         ):
             sure.add(link)
             continue
-        if not (closed and link.evidence) or link.doubted or owned or (a & APART and b & APART):
+        if not (closed and link.evidence) or link.doubted or owned or apart(a, b):
             continue
         row = any(
             len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})
@@ -90,6 +90,7 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
             or (some and len(affixes[link.extra]) > 1 and not (known_there and known_here))
             or (
                 (row or len(repeats[link.extra]) > 1)
+                and (some or not (known_there and known_here))
                 and not stranger
                 and not _strays(link, there, back)
                 and not _swapped(link, keys, entries)
@@ -130,14 +131,14 @@ def _both_own(link: Link, keys: Side, entries: Side) -> bool:
 def _swapped(link: Link, keys: Side, entries: Side) -> bool:
     """Whether both names are used on both sides, so that each has its own partner: `to_q` is not `out_proj`.
 
-    A row of numbers that starts late has lost its first.
+    A row of numbers that starts late has lost its first, and a row of one has lost the others.
     """
     above = link.key.path[:-1], link.entry.path[:-1]
     if above[0] != above[1] and above[0] in entries.paths and above[1] in keys.paths:
         return True
     said = []
     for words, item, other in ((link.extra[0], link.key, entries), (link.extra[1], link.entry, keys)):
-        if any(w[0].isdecimal() and int(w.partition(" of ")[2].partition("-")[0] or 0) > 1 for w in words):
+        if any(_lost(word) for word in words):
             return True
         last = other.lexicon.content(item.path[-1])
         telling = frozenset(w for w in words if not w[0].isdecimal())
@@ -146,6 +147,12 @@ def _swapped(link: Link, keys: Side, entries: Side) -> bool:
     return all(
         any(w in other.words for w in words) and (not only_number or all(bare)) for words, only_number, other in said
     )
+
+
+def _lost(word: str) -> bool:
+    """Whether a number's row, as in `2 of 2-3`, starts late or has nothing else."""
+    first, _, last = word.partition(" of ")[2].partition("-")
+    return bool(last) and (int(first) > 1 or first == last)
 
 
 def _strays(link: Link, there: Mapping[Path, Counter[Path]], back: Mapping[Path, Counter[Path]]) -> bool:
@@ -162,16 +169,23 @@ def _crossed(row: Sequence[Link]) -> bool:
 
 
 def _rare(link: Link, keys: Side, entries: Side) -> bool:
-    """Whether one name is the end of the other, and starts with a segment that either side has once."""
-    a, b = link.key.path, link.entry.path
-    if "" not in {leaf for leaf, _ in link.key.tensors} or a[-1] != b[-1] or len(a[-1].split("_")) < 3:
-        short, long = sorted((a, b), key=len)
-        if long[len(long) - len(short) :] != short:
-            return False
-        segment = short[0]
-    else:
-        segment = a[-1]
-    return keys.parents[segment] == entries.parents[segment] == 1
+    """Whether a segment that either side has once says it.
+
+    One name is the end of the other and starts with it, or both end in it: in a long word of a tensor's own, or with all
+    words of the one in the other, in order.
+    """
+
+    def once(segment: str) -> bool:
+        return keys.parents[segment] == entries.parents[segment] == 1
+
+    short, long = sorted((link.key.path, link.entry.path), key=len)
+    if long[len(long) - len(short) :] == short and once(short[0]):
+        return True
+    if short[-1] != long[-1] or not once(short[-1]) or numbered(short[-1])[1] is not None:
+        return False
+    rest = iter([keys.lexicon.content(segment) for segment in long])
+    own = "" in {leaf for leaf, _ in link.key.tensors}
+    return (own and len(short[-1].split("_")) > 2) or all(keys.lexicon.content(segment) in rest for segment in short)
 
 
 def _closed(

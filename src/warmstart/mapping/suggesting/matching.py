@@ -11,6 +11,7 @@ from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.indices import spread
 from warmstart.mapping.suggesting.items import LEAVES, Item
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
+from warmstart.mapping.suggesting.vocabulary import apart
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 Bag = tuple[str, ...]
@@ -47,6 +48,7 @@ class Side:
     lexicon: Lexicon
     paths: set[Path] = field(default_factory=set)
     names: set[Path] = field(default_factory=set)
+    readings: set[tuple[Bag, ...]] = field(default_factory=set)
     segments: set[str] = field(default_factory=set)
     parents: Counter[str] = field(default_factory=Counter)
     words: Counter[str] = field(default_factory=Counter)
@@ -71,6 +73,14 @@ class Side:
             self.paths.update(template.path[:i] for i in range(len(template.path) + 1))
             self.tails[template] = list(_tails(template.path, self.lexicon))
         self.parents.update(path[-1] for path in self.paths if path)
+        self.readings = {self._reading(path) for path in self.paths}
+
+    def _reading(self, path: Path) -> tuple[Bag, ...]:
+        return tuple(self.lexicon.content(segment) for segment in path)
+
+    def reads(self, path: Path) -> bool:
+        """Whether there is a node of a path's words: `enc` where `encoder` is."""
+        return self._reading(path) in self.readings
 
     def says(self, place: Path, word: str, item: Item) -> bool:
         """Whether another tensor below a place says a word, in the same items of lists as one does."""
@@ -332,8 +342,12 @@ def _best(options: list[Candidate], votes: dict[Place, set[Tail]], keys: Side, e
 
 def _said(place: Place, lexicon: Lexicon) -> int:
     """How many words two paths share."""
-    a, b = (Counter(word for segment in path for word in lexicon.content(segment)) for path in place)
+    a, b = (Counter(_words(path, lexicon)) for path in place)
     return (a & b).total()
+
+
+def _words(path: Path, lexicon: Lexicon) -> Iterator[str]:
+    return (word for segment in path for word in lexicon.content(segment))
 
 
 def _corresponds(place: Place, tails: set[Tail], keys: Side, entries: Side) -> bool:
@@ -362,14 +376,16 @@ def replaced(place: Place, lexicon: Lexicon) -> tuple[Path, Path]:
 
 
 def _both_own(place: Place, keys: Side, entries: Side) -> bool:
-    """Whether a name is replaced by another although one of the sides has both, side by side."""
+    """Whether a name is replaced by another although a side has both, side by side, or by one that is never the other."""
     key, entry = place
     a, b = replaced(place, keys.lexicon)
     if not a or not b:
         return False
+    if keys.lexicon.vocabulary and apart(*(_words(path, keys.lexicon) for path in place)):
+        return True
     left = next(i for i in range(len(key) + 1) if key[i : i + len(a)] == a)
     other = next(i for i in range(len(entry) + 1) if entry[i : i + len(b)] == b)
-    return (*entry[:other], *a) in entries.paths or (*key[:left], *b) in keys.paths
+    return entries.reads((*entry[:other], *a)) or keys.reads((*key[:left], *b))
 
 
 def _mutual(chosen: dict[Template, Candidate], votes: dict[Place, set[Tail]]) -> dict[Template, Candidate]:

@@ -54,6 +54,8 @@ class PlaceWords:
         a, b = self._said[x], self._said[y]
         if self.vetoed(x, y):
             return 0.0
+        if self.sameturn_of(x, y):
+            return 1.0
         shared = sum(self._weight(w) for w in a & b)
         total = sum(self._weight(w) for w in a) + sum(self._weight(w) for w in b)
         return 2 * shared / total if total else 0.0
@@ -62,7 +64,10 @@ class PlaceWords:
         return 1 / max(1, self.counts[0][word], self.counts[1][word])
 
     def sameturn_of(self, x: Item, y: Item) -> bool:
-        """Whether the vocabulary says that the two stand at the same place of one row."""
+        """Whether the vocabulary says that the two stand at the same place of one row, and their numbers count alike."""
+        counts = [{word for word in self._said[item] if " of " in word} for item in (x, y)]
+        if all(counts) and counts[0] != counts[1]:
+            return False
         rows = [(turn_of(self._said[x], p.rows), turn_of(self._said[y], p.rows)) for p in self.phrases if p.tells]
         return any(a and a == b for a, b in rows)
 

@@ -77,8 +77,8 @@ def suggest_rules(
         The suggestion; every pair that its rules make has been confirmed by a plan.
 
     Raises:
-        MappingError: The two have too little in common; the message has the best partial explanation. Or `pretrained` has
-            rules already, or a pattern of `accept` names no proposal.
+        MappingError: The two have too little in common; the message has the best partial explanation. Or one has more
+            kinds of names than are compared, `pretrained` has rules already, or a pattern of `accept` names no proposal.
     """
     if given := [name for name in _INFERRED if name in pretrained.rules()]:
         raise MappingError(

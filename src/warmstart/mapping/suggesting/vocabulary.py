@@ -6,7 +6,7 @@ It is the only knowledge of particular libraries in here. Everything else works 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -90,8 +90,19 @@ FILLERS: Mapping[str, str] = {
     "self": "self-attention is attention", "module": "a wrapper", "param": "a container", "net": "a container",
 }  # fmt: skip
 
-# The maps of one attention, by their first spellings: whatever is missing beside them, one is never another.
-APART = frozenset({"query", "key", "value", "kv", "qkv", "output"})
+# Words, by their first spellings, of which one is never another, whatever is missing beside them.
+APART = (
+    frozenset({"query", "key", "value", "kv", "qkv", "output"}),  # the maps of one attention
+    frozenset({"encoder", "decoder"}),
+    frozenset({"vision", "text", "audio"}),
+    frozenset({"vision", "language", "audio"}),
+)
+
+
+def apart(a: Iterable[str], b: Iterable[str]) -> bool:
+    """Whether words of two names are among those that are never each other."""
+    a, b = frozenset(a), frozenset(b)
+    return any(words & a and words & b and not words & a & b for words in APART)
 
 
 @dataclass(frozen=True, slots=True)
