@@ -143,36 +143,3 @@ def test_copies_and_compiled_models_train_as_the_model_does():
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.compile(model, backend="eager")):
         twin(X).sum().backward()
         assert next(p for name, p in twin.named_parameters() if name.endswith("layers.1.0.weight")).grad is not None
-
-
-def test_a_transformers_trainer_stops_and_trains_with_the_line_that_the_message_gives(tmp_path):
-    """A model of images: of one of words, transformers has the embeddings' output need a gradient by itself."""
-    transformers = pytest.importorskip("transformers")
-    from warmstart_transformers import WarmStartCallback
-
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 8, "patch_size": 4}
-    config = transformers.ViTConfig(**sizes, num_hidden_layers=2)
-    rows = [{"pixel_values": torch.full((3, 8, 8), n / 4), "labels": n % 2} for n in range(4)]
-    name = next(
-        n for n in transformers.ViTModel(config).state_dict() if n.endswith("fc1.weight") or "intermediate" in n
-    )
-
-    def trained(reentrant: bool) -> bool:
-        """Whether the first layer that is not frozen moved."""
-        model = transformers.ViTForImageClassification(config)
-        source = {name: value.clone() for name, value in model.state_dict().items()}
-        args = transformers.TrainingArguments(
-            output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True,
-            learning_rate=0.1, **{checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": reentrant}},
-        )  # fmt: skip
-        warm = WarmStartCallback(source, freeze="vit.embeddings", log=False)
-        transformers.Trainer(model, args, train_dataset=rows, callbacks=[warm]).train()
-        return not torch.equal(model.state_dict()[f"vit.{name}"], source[f"vit.{name}"])
-
-    names = ("activation_checkpointing", "gradient_checkpointing")  # in later releases, and in earlier ones
-    checkpointing = next(n for n in names if hasattr(transformers.TrainingArguments, n))
-    with pytest.raises(
-        TimingError, match=r'^vit\.\S* runs(.|\n)*gradient_checkpointing_kwargs=\{"use_reentrant": False\}'
-    ):
-        trained(reentrant=True)
-    assert trained(reentrant=False)

@@ -114,4 +114,4 @@ def test_pixels_are_what_the_figure_shows(mixed_plan):
     expected = matplotlib.image.imread(saved)[..., :3]
     found = pixels(picture)
     assert found.shape == expected.shape
-    assert abs(found / 255 - expected).max() < 0.01
+    assert abs(found / 255 - expected).max() < 5 / 255  # a file of its own rounds transparency
