@@ -78,9 +78,11 @@ class PatternSet:
         for name in names:
             end = len(name) if self._paths else -1
             while end >= 0:
-                found.update(self._paths.get(name[:end], ()))
+                if hits := self._paths.get(name[:end]):
+                    found.update(hits)
                 end = name.rfind(".", 0, end)
-            found.update(i for i in self._globs if self.patterns[i].matches(name))
+            if self._globs:
+                found.update(i for i in self._globs if self.patterns[i].matches(name))
         for i in found:
             self._hit[i] = True
         return sorted(found)

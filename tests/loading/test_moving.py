@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -55,6 +56,43 @@ def test_every_dtype_and_size_arrives_bit_for_bit(tmp_path, dtype, verify):
     assert all(same_bits(getattr(model, name), tensor) for name, tensor in state.items())
     assert not any("non-finite" in note for note in report.notes)
     report.check(model)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("most", [None, 1_000])
+def test_a_copy_without_a_comparison_is_read_as_the_system_can(tmp_path, monkeypatch, most):
+    """Past the mapping, a part at a time if it gives no more, and from the mapping where there is no such call."""
+    state = odd_sizes(torch.bfloat16)
+    save_file(state, tmp_path / "w.safetensors")
+    read, asked = os.preadv, []
+
+    def short(descriptor: int, buffers: list[memoryview], start: int) -> int:
+        asked.append(len(buffers[0]))
+        return read(descriptor, [buffers[0][:most]], start)
+
+    if most is None:
+        monkeypatch.delattr(os, "preadv")
+    else:
+        monkeypatch.setattr(os, "preadv", short)
+    model = Entries(state)
+    warmstart.load(model, tmp_path / "w.safetensors", verify="off")
+    assert all(same_bits(getattr(model, name), tensor) for name, tensor in state.items())
+    assert (len(asked) > len(state)) == (most is not None)
+
+
+def test_a_file_that_shrinks_or_is_replaced_under_the_reader_is_an_error(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.ones(4)}, path)
+    model = Entries({"a": torch.ones(4)})
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", lambda *_: 0)
+        with pytest.raises(warmstart.CheckpointError, match="has become shorter while it was read"):
+            warmstart.load(model, path, verify="off")
+    file = MappedFile(path)
+    path.unlink()
+    save_file({"a": torch.zeros(5)}, path)
+    with pytest.raises(CheckpointError, match="was replaced or written to after it was opened"):
+        file.opened()
 
 
 @pytest.mark.usefixtures("threads")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -55,6 +56,19 @@ class MappedFile:
                 "something is rewriting it: open it again when that is done"
             )
 
+    def opened(self) -> BinaryIO:
+        """The same file, opened to be read without the mapping.
+
+        Raises:
+            CheckpointError: Another file has taken its place.
+        """
+        file = self.path.open("rb", buffering=0)
+        stat = os.fstat(file.fileno())
+        if FileStamp(self.path, stat.st_size, stat.st_mtime_ns) != self.stamp:
+            file.close()
+            raise self._replaced()
+        return file
+
     def again(self) -> MappedFile:
         """The same file mapped once more: what is written to one mapping is not seen in the other.
 
@@ -63,8 +77,11 @@ class MappedFile:
         """
         other = MappedFile(self.path)
         if other.stamp != self.stamp:
-            raise CheckpointError(f"{self.path}: was replaced or written to after it was opened; open it again")
+            raise self._replaced()
         return other
+
+    def _replaced(self) -> CheckpointError:
+        return CheckpointError(f"{self.path}: was replaced or written to after it was opened; open it again")
 
     @contextmanager
     def scattered(self) -> Iterator[None]:

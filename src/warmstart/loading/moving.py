@@ -1,11 +1,17 @@
-"""Bytes from mapped files into the model's memory, or compared with it: in chunks that fit a processor's cache, by threads."""
+"""Bytes from files into the model's memory, or compared with it, by threads.
+
+What is compared as well goes from the mapped file, in chunks that fit a processor's cache. What is copied alone the system
+reads straight into the model's memory, where it can: no page of the file has to be mapped for that.
+"""
 
 from __future__ import annotations
 
 import bisect
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from threading import Lock
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -29,6 +35,14 @@ class _Piece(NamedTuple):
     source: Tensor
     file: MappedFile
     copy: bool
+    read: _Read | None
+
+
+class _Read(NamedTuple):
+    """How a mapped file is read past its mapping: its descriptor, and where the mapping starts in memory."""
+
+    descriptor: int
+    address: int
 
 
 class _Own(NamedTuple):
@@ -78,6 +92,8 @@ class Mover:
         self._left: dict[str, int] = {}
         self._futures: list[Future[None]] = []
         self._own: dict[MappedFile, _Own] = {}
+        self._reads: dict[MappedFile, _Read] = {}
+        self._opened = ExitStack()
         # As many as torch computes with here: where processes share a machine, they were told to share its cores.
         threads = min(torch.get_num_threads(), 8)
         self._pool = ThreadPoolExecutor(threads, "warmstart") if threads > 1 else None
@@ -118,9 +134,11 @@ class Mover:
             copy: False where the value is there already.
 
         Raises:
-            CheckpointError: The file has become shorter.
+            CheckpointError: The file was replaced, or has become shorter.
         """
-        pieces = list(_pieces(name, tensor.detach(), value, file, self._copy and copy))
+        copy = copy and self._copy
+        read = self._read(file) if copy and not self._compare and hasattr(os, "preadv") else None
+        pieces = list(_pieces(name, tensor.detach(), value, file, copy, read))
         self._left[name] = len(pieces)
         if self._compare:
             self.compared.add(name)
@@ -144,6 +162,13 @@ class Mover:
         finally:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
+            self._opened.close()
+
+    def _read(self, file: MappedFile) -> _Read:
+        if file not in self._reads:
+            opened = self._opened.enter_context(file.opened())
+            self._reads[file] = _Read(opened.fileno(), file.address)
+        return self._reads[file]
 
     def _send(self) -> None:
         batch, self._batch, self._bytes = self._batch, [], 0
@@ -163,6 +188,9 @@ class Mover:
                     self.done.append(piece.name)
 
     def _move(self, piece: _Piece) -> None:
+        if piece.read is not None:
+            _fill(piece.to, piece.read.descriptor, piece.source.data_ptr() - piece.read.address)
+            return
         to, source = wide_words(piece.to, piece.source)
         if not self._compare:
             for a, b in zip(torch.split(to, _CHUNK), torch.split(source, _CHUNK), strict=True):
@@ -184,10 +212,21 @@ def _surely_finite(tensor: Tensor) -> bool:
     return tensor.element_size() > 1 and math.isfinite(tensor.sum().item())
 
 
-def _pieces(name: str, tensor: Tensor, value: Tensor, file: MappedFile, copy: bool) -> Iterator[_Piece]:
+def _fill(tensor: Tensor, descriptor: int, start: int) -> None:
+    memory = memoryview(tensor.view(torch.uint8).numpy())
+    while memory:
+        count = os.preadv(descriptor, [memory], start)
+        if not count:
+            raise EOFError("the file has become shorter while it was read; open it again when it is at rest")
+        memory, start = memory[count:], start + count
+
+
+def _pieces(
+    name: str, tensor: Tensor, value: Tensor, file: MappedFile, copy: bool, read: _Read | None
+) -> Iterator[_Piece]:
     step = _BATCH // tensor.element_size()
     for to, source in zip(torch.split(tensor.view(-1), step), torch.split(value.view(-1), step), strict=True):
-        yield _Piece(name, to, source, file, copy)
+        yield _Piece(name, to, source, file, copy, read)
 
 
 def is_plain(tensor: Tensor, value: Tensor) -> bool:
