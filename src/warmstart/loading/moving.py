@@ -213,7 +213,7 @@ def _surely_finite(tensor: Tensor) -> bool:
 
 
 def _fill(tensor: Tensor, descriptor: int, start: int) -> None:
-    memory = memoryview(tensor.view(torch.uint8).numpy())
+    memory = tensor.view(torch.uint8).numpy().data
     while memory:
         count = os.preadv(descriptor, [memory], start)
         if not count:
