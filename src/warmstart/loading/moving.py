@@ -192,17 +192,15 @@ class Mover:
             _fill(piece.to, piece.read.descriptor, piece.source.data_ptr() - piece.read.address)
             return
         to, source = wide_words(piece.to, piece.source)
-        if not self._compare:
-            for a, b in zip(torch.split(to, _CHUNK), torch.split(source, _CHUNK), strict=True):
-                a.copy_(b)
-            return
         for a, b in zip(torch.split(to, _CHUNK), torch.split(source, _CHUNK), strict=True):
             if piece.copy:
                 a.copy_(b)
+            if not self._compare:
+                continue
             if not torch.equal(a, b):
                 self.different.add(piece.name)
-        if self._copy and not _surely_finite(piece.to):
-            self.infinite.add(piece.name)
+            if self._copy and not _surely_finite(a.view(piece.to.dtype)):
+                self.infinite.add(piece.name)
 
 
 def _surely_finite(tensor: Tensor) -> bool:
