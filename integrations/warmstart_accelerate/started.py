@@ -18,8 +18,8 @@ from warmstart.mapping.plan.plan import Plan
 from warmstart.outcome import Status
 from warmstart_accelerate.absent import AbsentReport
 from warmstart_accelerate.hooks import FirstForward
-from warmstart_accelerate.offloaded import onloaded
-from warmstart_accelerate.timing import BEFORE_OPTIMIZER, live_optimizers, shares
+from warmstart_accelerate.offloaded import is_offloaded, onloaded
+from warmstart_accelerate.timing import BEFORE_OPTIMIZER, live_optimizers, refuse_dispatched_later, shares
 
 
 class LoopLifecycle(Lifecycle):
@@ -30,6 +30,7 @@ class LoopLifecycle(Lifecycle):
     """
 
     late_freeze = BEFORE_OPTIMIZER
+    _offloaded = False  # when it was loaded
 
     @override
     def plan(self, model: nn.Module) -> Plan[Report]:
@@ -48,6 +49,7 @@ class LoopLifecycle(Lifecycle):
 
     @override
     def apply(self, model: nn.Module, beside: Sequence[Lifecycle] = (), **found: Any) -> None:
+        self._offloaded = is_offloaded(model)
         with onloaded(model):
             super().apply(model, beside, **found)
 
@@ -58,6 +60,8 @@ class LoopLifecycle(Lifecycle):
 
     @override
     def start(self, model: nn.Module, **facts: Any) -> bool:
+        if is_offloaded(model) and not self._offloaded:
+            refuse_dispatched_later(model)
         with onloaded(model):
             return super().start(model, **facts)
 
@@ -105,6 +109,11 @@ class Started:
         else:
             self.report = life.report
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing was done with the model: it was not prepared, and had no forward."""
+        return self.module is None and self._first is not None and not self._first.ran
+
     def await_forward(self, act: FirstForward) -> None:
         """Act before the next training forward, of what the model is prepared to be or else of the model."""
         if self._first is not None:
@@ -139,6 +148,7 @@ class Started:
             FrozenChangedError: As `Lifecycle.resume`.
         """
         self.life.resume(self.model, state)
+        self.life.watch(self.model)  # anew: it has looked away since training started
         self._steps = int((state or {}).get("steps", 0))
         self._restored, self.begun = True, False
 
