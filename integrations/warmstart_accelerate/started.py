@@ -148,7 +148,6 @@ class Started:
             FrozenChangedError: As `Lifecycle.resume`.
         """
         self.life.resume(self.model, state)
-        self.life.watch(self.model)  # anew: it has looked away since training started
         self._steps = int((state or {}).get("steps", 0))
         self._restored, self.begun = True, False
 
@@ -169,6 +168,8 @@ class Started:
             at_first_batch=True,
             buffers=buffers,
         )
+        if self.life.waiting is None:  # what made up for a lost source stays known
+            self.life.watch(self.model)  # a state may be loaded in the middle of training
         self.begun, self._restored = True, False
         if isinstance(self.report, AbsentReport):
             state = self.life.state()
