@@ -205,7 +205,7 @@ def test_what_trains_is_seen_to_train_and_let_go(between):
     assert hooks(model) == 0
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 @pytest.mark.parametrize(
     "traced",
     [
