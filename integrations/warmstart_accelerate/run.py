@@ -47,6 +47,7 @@ class Run:
         after(accelerator, "prepare", self._prepared)
         after(accelerator, "prepare_model", self._prepared)
         after(accelerator, "backward", lambda _: self._learned())
+        before(accelerator, "free_memory", self._free)
         before(accelerator, "end_training", self._end)
 
     @classmethod
@@ -175,6 +176,9 @@ class Run:
                 if key in (found := _read(path)):
                     return dict(found[key])
         return None
+
+    def _free(self, *_: object) -> None:
+        self._started = [s for s in self._started if s.module is not None]  # the others will not train any more
 
     def _end(self) -> None:
         for started in self._started:

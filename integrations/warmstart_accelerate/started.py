@@ -111,8 +111,9 @@ class Started:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing was done with the model: it was not prepared, and had no forward."""
-        return self.module is None and self._first is not None and not self._first.ran
+        """Whether the model could train and nothing was done with it: it was not prepared, and had no forward."""
+        trains = self.model.training and any(p.requires_grad for p in self.model.parameters())
+        return trains and self.module is None and self._first is not None and not self._first.ran
 
     def await_forward(self, act: FirstForward) -> None:
         """Act before the next training forward, of what the model is prepared to be or else of the model."""

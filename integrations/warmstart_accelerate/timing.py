@@ -127,7 +127,7 @@ def refuse_swapped(model: nn.Module, prepared: Sequence[nn.Module]) -> None:
     if any(type(each) is type(model) for other in prepared for each in other.modules()):
         raise TimingError(
             f"the {type(model).__name__} that trains is not the one that was loaded: accelerator.prepare was given another\n"
-            "  -> load the one that trains, and make no other after it:\n"
+            "  -> load the one that trains, and make no other after it (of a teacher that is not prepared: teacher.eval()):\n"
             "       report = warm_start(accelerator, model, ...)\n"
             "       model, optimizer = accelerator.prepare(model, optimizer)"
         )
