@@ -15,8 +15,12 @@ class FirstForward:
     """A forward hook that acts once, before the module's first forward in training mode with gradients.
 
     A copy or a pickle of the module has it without its act: a copy is another model.
+
+    Attributes:
+        ran: Whether the module has had any forward, also one that does not train.
     """
 
+    ran = False
     _act: Callable[[], object] | None = None
     _handle: RemovableHandle | None = None
 
@@ -34,7 +38,10 @@ class FirstForward:
             self._handle = None
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self._act is None or torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+        if self._act is None or torch.compiler.is_compiling():
+            return
+        self.ran = True
+        if not (module.training and torch.is_grad_enabled()):
             return
         act, self._act = self._act, None
         self.remove()

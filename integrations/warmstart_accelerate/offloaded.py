@@ -46,6 +46,11 @@ def onloaded(model: nn.Module) -> Iterator[None]:
                 placeholder.requires_grad_(real.requires_grad)
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether a part of the model is a placeholder between its forwards."""
+    return bool(_offloading(model))
+
+
 def _offloading(model: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
     found = []
     for module in model.modules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ from warmstart.rendering.files import write_whole
 from warmstart_accelerate.absent import AbsentReport
 from warmstart_accelerate.hooks import FirstForward, after, before
 from warmstart_accelerate.started import Started
-from warmstart_accelerate.timing import refuse_meta, refuse_mixed_up, shares
+from warmstart_accelerate.timing import (
+    refuse_meta,
+    refuse_mixed_up,
+    refuse_state_before_prepare,
+    refuse_swapped,
+    shares,
+)
 from warmstart_accelerate.trackers import log_report, save_page
 
 _MEMBER = "_warmstart_run"  # of the accelerator: what it lives with
@@ -33,12 +40,14 @@ class Run:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self._started: list[Started] = []
+        self._stepping: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
         before(accelerator, "prepare_model", self._about_to_prepare)
         after(accelerator, "prepare", self._prepared)
         after(accelerator, "prepare_model", self._prepared)
-        after(accelerator, "backward", self._learned)
+        after(accelerator, "backward", lambda _: self._learned())
+        before(accelerator, "free_memory", self._free)
         before(accelerator, "end_training", self._end)
 
     @classmethod
@@ -86,17 +95,29 @@ class Run:
                 _refuse_same_key(started, (s for s in self._started if s.module is not None and s is not started))
                 started.prepared(module)
             started.count(started.trained_by(optimizers, self.accelerator._models))
+        for optimizer in optimizers:
+            if optimizer not in self._stepping:  # of a loop that calls loss.backward() itself
+                self._stepping.add(optimizer)
+                optimizer.register_step_pre_hook(lambda *_: self._learned())
 
     def _optimizers(self) -> list[Optimizer]:
         """The optimizers themselves, inside what accelerate makes of them."""
         inner = (getattr(each, "optimizer", each) for each in self.accelerator._optimizers)
         return [o for o in inner if isinstance(o, Optimizer)]
 
-    def _learned(self, _: object) -> None:
+    def _learned(self) -> None:
         """A loop may call parts of a model past its forward: what has gradients trains, and is looked at before a step."""
         for started in self._started:
-            if not started.begun and any(p.grad is not None for p in started.model.parameters()):
+            if started.begun:
+                continue
+            if any(p.grad is not None for p in started.model.parameters()):
                 self._begin(started, buffers=False)
+            elif started.idle:
+                refuse_swapped(started.model, self._unloaded())
+
+    def _unloaded(self) -> list[nn.Module]:
+        """The prepared models that no warm start was for."""
+        return [m for m in self.accelerator._models if not any(shares(m, s.model) for s in self._started)]
 
     def _begin(self, started: Started, *, buffers: bool = True) -> None:
         accelerator = self.accelerator
@@ -135,10 +156,14 @@ class Run:
     def _load(self, models: list[nn.Module], folder: str) -> None:
         with raised_on_all():
             found = _read(Path(folder, MANIFEST))
+        prepared = [started for started in self._started if started.module is not None]
+        known = {started.key for started in prepared}
         for started in self._started:
-            if started.module is not None:
-                started.restore(found.get(started.key))
-                self._await(started)
+            if started.key not in known and (started.key in found or not self.accelerator._models):
+                refuse_state_before_prepare(started.model)
+        for started in prepared:
+            started.restore(found.get(started.key))
+            self._await(started)
 
     def _newest(self, key: str) -> dict[str, Any] | None:
         """What this warm start left in the newest state below the project's folder."""
@@ -151,6 +176,9 @@ class Run:
                 if key in (found := _read(path)):
                     return dict(found[key])
         return None
+
+    def _free(self, *_: object) -> None:
+        self._started = [s for s in self._started if s.module is not None]  # the others will not train any more
 
     def _end(self) -> None:
         for started in self._started:

@@ -18,8 +18,8 @@ from warmstart.mapping.plan.plan import Plan
 from warmstart.outcome import Status
 from warmstart_accelerate.absent import AbsentReport
 from warmstart_accelerate.hooks import FirstForward
-from warmstart_accelerate.offloaded import onloaded
-from warmstart_accelerate.timing import BEFORE_OPTIMIZER, live_optimizers, shares
+from warmstart_accelerate.offloaded import is_offloaded, onloaded
+from warmstart_accelerate.timing import BEFORE_OPTIMIZER, live_optimizers, refuse_dispatched_later, shares
 
 
 class LoopLifecycle(Lifecycle):
@@ -30,6 +30,7 @@ class LoopLifecycle(Lifecycle):
     """
 
     late_freeze = BEFORE_OPTIMIZER
+    _offloaded = False  # when it was loaded
 
     @override
     def plan(self, model: nn.Module) -> Plan[Report]:
@@ -48,6 +49,7 @@ class LoopLifecycle(Lifecycle):
 
     @override
     def apply(self, model: nn.Module, beside: Sequence[Lifecycle] = (), **found: Any) -> None:
+        self._offloaded = is_offloaded(model)
         with onloaded(model):
             super().apply(model, beside, **found)
 
@@ -58,6 +60,8 @@ class LoopLifecycle(Lifecycle):
 
     @override
     def start(self, model: nn.Module, **facts: Any) -> bool:
+        if is_offloaded(model) and not self._offloaded:
+            refuse_dispatched_later(model)
         with onloaded(model):
             return super().start(model, **facts)
 
@@ -104,6 +108,12 @@ class Started:
             self.report: Report = AbsentReport(self.model, life.parts, life.frozen, status)
         else:
             self.report = life.report
+
+    @property
+    def idle(self) -> bool:
+        """Whether the model could train and nothing was done with it: it was not prepared, and had no forward."""
+        trains = self.model.training and any(p.requires_grad for p in self.model.parameters())
+        return trains and self.module is None and self._first is not None and not self._first.ran
 
     def await_forward(self, act: FirstForward) -> None:
         """Act before the next training forward, of what the model is prepared to be or else of the model."""
@@ -159,6 +169,8 @@ class Started:
             at_first_batch=True,
             buffers=buffers,
         )
+        if self.life.waiting is None:  # what made up for a lost source stays known
+            self.life.watch(self.model)  # a state may be loaded in the middle of training
         self.begun, self._restored = True, False
         if isinstance(self.report, AbsentReport):
             state = self.life.state()

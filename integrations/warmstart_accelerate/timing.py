@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
+from typing import NoReturn
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -79,6 +81,55 @@ def refuse_meta(model: nn.Module) -> None:
             f"{listed((name, '') for name in left)}\n"
             "  -> load the whole model, without into=, with allow_missing= for what it shall initialise itself; where no "
             f"process can hold it whole, {SHARD_FIRST}"
+        )
+
+
+def refuse_dispatched_later(model: nn.Module) -> NoReturn:
+    """Refuse a model that was dispatched after its load, which puts other parameters in the place of those that were loaded.
+
+    Raises:
+        TimingError: Always.
+    """
+    raise TimingError(
+        f"the {type(model).__name__} was dispatched or offloaded after the load, which puts placeholders in the place of the "
+        "parameters that were loaded and frozen\n"
+        "  -> dispatch first, then load:\n"
+        "       model = load_checkpoint_and_dispatch(model, ..., device_map=..., offload_folder=...)\n"
+        "       report = warm_start(accelerator, model, ...)"
+    )
+
+
+def refuse_state_before_prepare(model: nn.Module) -> NoReturn:
+    """Refuse a `load_state` that would pass over a model, since it restores nothing but what was prepared.
+
+    Raises:
+        TimingError: Always.
+    """
+    raise TimingError(
+        f"accelerator.load_state restores what was given to prepare, and the {type(model).__name__} was not yet: training "
+        "would start from the pretrained weights instead of the state's\n"
+        "  -> prepare first, then restore:\n"
+        "       model, optimizer = accelerator.prepare(model, optimizer)\n"
+        "       accelerator.load_state(...)"
+    )
+
+
+def refuse_swapped(model: nn.Module, prepared: Sequence[nn.Module]) -> None:
+    """Refuse a run that trains another model of the same class in the place of one that was loaded.
+
+    Args:
+        model: The one that was loaded, with which nothing was done.
+        prepared: Those that train and were not loaded.
+
+    Raises:
+        TimingError: There is such a one.
+    """
+    if any(type(each) is type(model) for other in prepared for each in other.modules()):
+        raise TimingError(
+            f"the {type(model).__name__} that trains is not the one that was loaded: accelerator.prepare was given another\n"
+            "  -> load the one that trains, and make no other after it (of a teacher that is not prepared: teacher.eval()):\n"
+            "       report = warm_start(accelerator, model, ...)\n"
+            "       model, optimizer = accelerator.prepare(model, optimizer)"
         )
 
 

@@ -340,6 +340,13 @@ class WarmStartCallback(TrainerCallback):
             self._life.advance(self._progress(state))
 
     @override
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if (gone := self._life.unsettled) is not None:  # else the scores would be those of random weights
+            raise gone
+
+    @override
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not args.should_save:
             return

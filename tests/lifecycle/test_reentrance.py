@@ -7,8 +7,10 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, fx, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from warmstart import Pretrained, TimingError
 from warmstart.lifecycle import Lifecycle
@@ -143,3 +145,78 @@ def test_copies_and_compiled_models_train_as_the_model_does():
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.compile(model, backend="eager")):
         twin(X).sum().backward()
         assert next(p for name, p in twin.named_parameters() if name.endswith("layers.1.0.weight")).grad is not None
+
+
+class Behind(nn.Module):
+    """Something between a layer that is frozen and a head."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.first, self.between, self.head = nn.Linear(4, 4), between, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.between(self.first(x)))
+
+
+class InTwoParts(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint_sequential(self, 2, x, use_reentrant=True)
+
+
+def attention() -> nn.Module:
+    return nn.TransformerEncoderLayer(4, 2, 8, dropout=0, batch_first=True)
+
+
+@pytest.mark.parametrize(
+    ("between", "named"),
+    [
+        (lambda: checkpoint_wrapper(nn.Linear(4, 4), CheckpointImpl.REENTRANT), "between._checkpoint_wrapped_module"),
+        (
+            lambda: checkpoint_wrapper(attention(), CheckpointImpl.REENTRANT),
+            "between._checkpoint_wrapped_module.self_attn",
+        ),
+        (lambda: InTwoParts(nn.Linear(4, 4), nn.Linear(4, 4)), r"between\.0"),
+    ],
+    ids=["torch's wrapper", "an attention in it", "checkpoint_sequential"],
+)
+def test_other_ways_to_checkpoint_reentrantly_are_named_too(between, named):
+    model = Behind(between())
+    started(model, "first")
+    with pytest.raises(TimingError, match=f"^{named} runs in reentrant"):
+        model(X)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda: checkpoint_wrapper(nn.Linear(4, 4), CheckpointImpl.NO_REENTRANT),
+        lambda: nn.Sequential(nn.Sequential(shared := nn.Linear(4, 4)), nn.Sequential(shared)),
+        attention,
+        lambda: nn.DataParallel(nn.Linear(4, 4)),
+        lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
+    ],
+    ids=["torch's wrapper", "one module under two names", "an attention", "DataParallel", "a parametrization"],
+)
+def test_what_trains_is_seen_to_train_and_let_go(between):
+    model = Behind(between())
+    started(model, "first")
+    model(X).sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is None} == {"first.weight", "first.bias"}
+    assert hooks(model) == 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize(
+    "traced",
+    [
+        lambda model: torch.jit.trace(model, X),
+        fx.symbolic_trace,
+        lambda model: torch.export.export(model, (X,)).module(),
+        lambda model: torch.compile(model, backend="eager", fullgraph=True),
+    ],
+    ids=["jit.trace", "fx", "export", "compile"],
+)
+def test_what_is_traced_while_it_is_watched_computes_the_same(traced):
+    model = Behind(nn.Linear(4, 4))
+    started(model, "first")
+    assert torch.equal(traced(model)(X), copy.deepcopy(model)(X))

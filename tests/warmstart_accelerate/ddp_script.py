@@ -102,6 +102,7 @@ if __name__ == "__main__":
     cell("overwritten on rank 1", overwritten)
     train("rank 1 has no file", f"only-{rank}.pt")
     train("rank 0 reads for rank 1", f"only-{rank}.pt", freeze="encoder.0", read="broadcast")
+    cell("fetched", lambda: told(loops.train(os.environ["FETCHED"], seed=rank, kind=loops.Smooth, size=4)))
     train("nobody has a file", "nowhere.pt", read="broadcast")
     train("rank 1 has no file, frozen by name", f"only-{rank}.pt", freeze="encoder")
     train("rank 1 has another file", f"other-{rank}.pt")

@@ -1,4 +1,4 @@
-"""Run by test_failures.py: one process goes another way, and all have to end."""
+"""Run by test_failures.py: all processes start well, then one goes another way, and all have to end."""
 
 from __future__ import annotations
 
@@ -17,10 +17,20 @@ from accelerate.utils import InitProcessGroupKwargs
 from warmstart_accelerate import warm_start
 
 
+def start_well(accelerator: Accelerator, folder: Path) -> None:
+    model = loops.Smooth()
+    report = warm_start(accelerator, model, folder / "encoder.pt", into="encoder", name="well", log=False)
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model(torch.randn(4, 4))
+    print(f"{accelerator.num_processes} processes started: {report.status}", flush=True)
+
+
 def run(case: str, folder: Path) -> None:
     wait = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=20))
     accelerator = Accelerator(cpu=True, kwargs_handlers=[wait])
     main = accelerator.is_main_process
+    start_well(accelerator, folder)
+    accelerator.wait_for_everyone()
     model = loops.Net() if case == "another model" and not main else loops.Smooth()
 
     if case == "killed" and main:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import loops
@@ -15,7 +20,6 @@ import torch
 
 FOLDER = Path(__file__).parent
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +34,37 @@ def launch(command: list[str], *args: object, timeout: int = 280) -> subprocess.
     )
 
 
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """A server of a folder's files, and how many bytes it has sent of them for each request."""
+    sent: list[int] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = (folder / self.path.strip("/")).read_bytes()
+            asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            first, last = (int(asked[1]), int(asked[2] or len(content) - 1)) if asked else (0, len(content) - 1)
+            part = content[first : last + 1]
+            sent.append(len(part))
+            self.send_response(206 if asked else 200)
+            self.send_header("ETag", '"1"')
+            self.send_header("Content-Length", str(len(part)))
+            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(content)}")
+            self.end_headers()
+            self.wfile.write(part)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", sent
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each rank saw in each case; one launch for all, since a launch costs seconds."""
@@ -38,8 +73,15 @@ def ranks(tmp_path_factory):
     shutil.copy(folder / "encoder.pt", folder / "only-0.pt")
     shutil.copy(folder / "encoder.pt", folder / "other-0.pt")
     torch.save({"x": torch.ones(1)}, folder / "other-1.pt")
-    done = launch([*ACCELERATE, "--main_process_port", "0"], FOLDER / "ddp_script.py", folder)
+    (folder / "served").mkdir()
+    shutil.copy(folder / "encoder.pt", folder / "served")
+    with serving(folder / "served") as (url, asked), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FETCHED", f"{url}/encoder.pt")
+        patch.setenv("WARMSTART_CACHE", str(folder / "cache"))
+        patch.setenv("no_proxy", "127.0.0.1")
+        done = launch([*ACCELERATE, "--main_process_port", "0"], FOLDER / "ddp_script.py", folder)
     assert done.returncode == 0, done.stderr[-4000:]
+    (folder / "asked.json").write_text(json.dumps(asked))
     seen = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     return folder, seen
 
@@ -134,6 +176,16 @@ def test_a_file_that_one_rank_has_is_enough_if_it_reads_for_the_others(ranks):
         assert case["trainable"] == seen[0]["loaded"]["trainable"]
         assert each["nobody has a file"]["error"] == "CheckpointError"
         assert "nowhere.pt" in each["nobody has a file"]["message"]
+
+
+def test_what_has_to_be_fetched_is_fetched_once_for_the_processes_of_a_node(ranks):
+    folder, (zero, one) = ranks
+    assert zero["fetched"]["status"] == one["fetched"]["status"] == "applied"
+    assert zero["fetched"]["start"] == one["fetched"]["start"]
+    assert zero["fetched"]["start"]["encoder.0.weight"] == zero["loaded"]["start"]["encoder.0.weight"]
+    first, rest, second = json.loads((folder / "asked.json").read_text())  # of the other process only what it is
+    assert first + rest == (folder / "encoder.pt").stat().st_size
+    assert second == first < rest
 
 
 @pytest.mark.parametrize("case", ["rank 1 has no file", "rank 1 has no file, frozen by name"])

@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 
 def launched(case: str, folder: Path, *launcher: str) -> str:
-    """What a launcher says of the case, once both processes and it have ended badly."""
+    """What a launcher says of the case, once both processes have started well, and they and it have ended badly."""
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(SCRIPT), case, str(folder)],
         capture_output=True,
@@ -41,6 +41,7 @@ def launched(case: str, folder: Path, *launcher: str) -> str:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert done.returncode != 0
+    assert done.stdout.count("2 processes started: applied") == 2
     return done.stdout + done.stderr
 
 

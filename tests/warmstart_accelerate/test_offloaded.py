@@ -7,7 +7,14 @@ import json
 import loops
 import pytest
 import torch
-from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model, init_empty_weights
+from accelerate import (
+    Accelerator,
+    cpu_offload,
+    disk_offload,
+    dispatch_model,
+    init_empty_weights,
+    load_checkpoint_and_dispatch,
+)
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from safetensors.torch import save_file
@@ -148,3 +155,27 @@ def test_field_note_23_a_model_of_empty_weights_gets_memory(source):
     assert not any(t.is_meta for t in model.encoder.state_dict().values())
     assert loops.equal(loops.weights(model.encoder), torch.load(source))
     assert report.status == "applied"
+
+
+def test_empty_weights_a_device_map_and_a_disk_under_a_head_that_trains(source, tmp_path):
+    """As models larger than memory are made: no process ever has it whole."""
+    torch.manual_seed(0)
+    whole = loops.Net()
+    torch.save(whole.state_dict(), tmp_path / "whole.pt")
+    with init_empty_weights():
+        model = loops.Net()
+    device_map = {"encoder.0": "disk", "encoder.1": "cpu", "encoder.2": "cpu", "encoder.3": "disk", "head": "cpu"}
+    model = load_checkpoint_and_dispatch(
+        model, str(tmp_path / "whole.pt"), device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    assert {n for n, p in model.named_parameters() if p.is_meta} == {
+        f"encoder.{i}.{leaf}" for i in (0, 3) for leaf in ("weight", "bias")
+    }
+    seen = loops.train(source, model=model, freeze=True)
+    assert seen.report.status == "applied"
+    seen.accelerator.end_training()
+    loops.fresh()
+    theirs = loops.train(source, freeze=True)
+    assert seen.losses == theirs.losses
+    with onloaded(model):
+        assert loops.equal(loops.weights(model.encoder), torch.load(source))

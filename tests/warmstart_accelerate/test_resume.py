@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from torch import nn
 
 from warmstart import CheckpointError, FrozenChangedError, open_checkpoint
 from warmstart.lineage import recorded
@@ -122,6 +123,28 @@ def test_a_state_that_no_warm_start_left_its_mark_in(source, tmp_path):
     loops.fresh()
     rest = loops.train(source, resume=tmp_path / "state")
     assert rest.report.status == "superseded-by-resume"
+
+
+class Respelled(nn.Module):
+    """As large as `Smooth`, so that its optimizer's state fits."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.top = loops.Smooth().encoder, nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.top(self.trunk(x))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_field_note_1_a_state_that_matches_nothing_is_an_error(smooth, tmp_path, trained):
+    """Without `strict`, accelerate passes it over."""
+    loops.train(None, load=lambda model: None, kind=Respelled, steps=1, save=tmp_path / "state")
+    loops.fresh()
+    run = loops.train(smooth, kind=loops.Smooth, steps=int(trained))
+    run.accelerator.load_state(tmp_path / "state", strict=False)
+    with pytest.raises(CheckpointError, match="matches none of the 6 entries of Smooth"):
+        run.prepared(torch.randn(8, 4))
 
 
 def test_what_the_state_says_may_be_damaged(source, tmp_path):

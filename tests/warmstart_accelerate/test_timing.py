@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import loops
 import pytest
 import torch
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator, dispatch_model, init_empty_weights
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
@@ -132,3 +133,64 @@ def test_engines_with_parameters_of_their_own_are_refused_in_words(source, monke
     with pytest.raises(TimingError, match=re.escape(line)):
         warm_start(accelerator, model, source, into="encoder")
     assert loops.equal(loops.weights(model), before)
+
+
+@pytest.mark.parametrize(
+    "other", [lambda model: type(model)(), copy.deepcopy, lambda model: nn.Sequential(loops.Net())]
+)
+def test_another_model_in_the_place_of_the_one_that_was_loaded(source, other):
+    accelerator, model = Accelerator(cpu=True), loops.Net()
+    warm_start(accelerator, model, source, into="encoder")
+    model = other(model)
+    prepared, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(
+        TimingError, match=r"the Net that trains is not the one that was loaded(.|\n)*accelerator\.prepare\("
+    ):
+        accelerator.backward(prepared(torch.randn(8, 4)).sum())
+    accelerator.free_memory()  # lets go of both
+    prepared = accelerator.prepare(loops.Net())
+    accelerator.backward(prepared(torch.randn(8, 4)).sum())
+
+
+@pytest.mark.parametrize(
+    "teach",
+    [
+        lambda teacher, x: teacher(x),  # in training mode too
+        lambda teacher, x: teacher.eval().head(teacher.encoder(x)),
+        lambda teacher, x: teacher.requires_grad_(False).head(teacher.encoder(x)),
+    ],
+    ids=["forward", "its parts in eval mode", "its parts without gradients"],
+)
+def test_a_teacher_of_the_student_s_class_is_not_prepared_and_no_mistake(teach):
+    accelerator, teacher, student = Accelerator(cpu=True), loops.Smooth(), loops.Smooth()
+    report = warm_start(accelerator, teacher, loops.trained_encoder(loops.Smooth), into="encoder")
+    student, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), lr=0.1))
+    x = torch.randn(8, 4)
+    with torch.no_grad():
+        target = teach(teacher, x)
+    accelerator.backward((student(x) - target).square().mean())
+    optimizer.step()
+    report.check(teacher)
+
+
+def test_dispatched_after_the_load(source, tmp_path):
+    model = loops.Net()
+    accelerator = Accelerator(cpu=True)
+    warm_start(accelerator, model, source, into="encoder", freeze=True)
+    dispatch_model(model, {"encoder": "disk", "head": "cpu"}, main_device="cpu", offload_dir=tmp_path / "offload")
+    prepared, _ = accelerator.prepare(model, torch.optim.SGD(model.head.parameters(), lr=0.1))
+    with pytest.raises(TimingError, match=r"dispatched or offloaded after the load(.|\n)*dispatch first, then load"):
+        prepared(torch.randn(8, 4))
+
+
+def test_load_state_before_prepare(source, tmp_path):
+    loops.train(source, steps=1, save=tmp_path / "state")
+    loops.fresh()
+    accelerator, model = Accelerator(cpu=True), loops.Net()
+    warm_start(accelerator, model, source, into="encoder")
+    with pytest.raises(TimingError, match=r"the Net was not yet(.|\n)*prepare first, then restore"):
+        accelerator.load_state(tmp_path / "state")
+    other = nn.Linear(4, 2)
+    other, _ = accelerator.prepare(other, torch.optim.SGD(other.parameters(), lr=0.1))
+    with pytest.raises(TimingError, match="the Net was not yet"):  # the state has a part of it
+        accelerator.load_state(tmp_path / "state")

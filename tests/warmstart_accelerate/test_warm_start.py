@@ -112,6 +112,20 @@ def test_a_loop_that_calls_the_parts_of_its_model_gets_the_last_look_before_its_
         loop(overwrite=True)
 
 
+def test_a_loop_that_trains_in_eval_mode_by_itself_gets_it_there_too(source):
+    """No training forward and no `accelerator.backward`: the optimizer's step is the last moment."""
+    accelerator, model = Accelerator(cpu=True), loops.Net().eval()
+    report = warm_start(accelerator, model, source, into="encoder", log=False)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    nn.init.zeros_(model.encoder[3].weight)
+    before = loops.weights(model)
+    prepared(torch.randn(8, 4)).sum().backward()
+    with pytest.raises(VerificationError, match=r"encoder\.3\.weight"):
+        optimizer.step()
+    assert report.status == "failed"
+    assert loops.equal(loops.weights(model), before)
+
+
 def test_report_check_does_it_at_once_and_on_what_was_prepared(source):
     accelerator = Accelerator(cpu=True)
     model = loops.Net()
@@ -216,6 +230,36 @@ def test_a_compiled_model_is_looked_at_outside_of_its_graph(source):
     assert report.status == "failed"
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_accumulated_and_compiled_at_once(overwrite):
+    plugin = TorchDynamoPlugin(backend="eager")
+    accelerator = Accelerator(cpu=True, dynamo_plugin=plugin, gradient_accumulation_steps=2)
+    encoder, model, seen = loops.trained_encoder(loops.Smooth), loops.Smooth(), []
+
+    def each_step(step, model, optimizer):
+        seen.append(torch.equal(model.encoder[2].weight, encoder["2.weight"]))
+
+    def by_hand(model):
+        model.encoder.load_state_dict(encoder)
+        model.encoder[0].requires_grad_(False)
+
+    options = {"kind": loops.Smooth, "freeze": "encoder.0", "each_step": each_step}
+    if overwrite:
+        report = warm_start(accelerator, model, encoder, into="encoder", freeze="encoder.0")
+        nn.init.zeros_(model.encoder[2].bias)
+        with pytest.raises(VerificationError, match=r"encoder\.2\.bias"):
+            loops.train(encoder, model=model, accelerator=accelerator, **options)
+        assert report.status == "failed"
+        return
+    run = loops.train(encoder, accelerator=accelerator, **options)
+    assert seen == [True, False, False, False]  # what was loaded holds until the second batch's step
+    assert run.report.status == "applied"
+    assert torch.equal(run.model.encoder[0].weight, encoder["0.weight"])
+    loops.fresh()
+    accelerator = Accelerator(cpu=True, dynamo_plugin=plugin, gradient_accumulation_steps=2)
+    assert loops.train(None, accelerator=accelerator, kind=loops.Smooth, load=by_hand).losses == run.losses
+
+
 def test_a_hook_that_writes_after_the_start_is_found_when_the_state_is_saved_and_at_the_end(source, tmp_path):
     seen = loops.train(source, freeze=True)
     with torch.no_grad():
@@ -266,10 +310,10 @@ def test_epochs_cannot_be_counted(source):
 def test_param_groups_by_what_was_loaded(source):
     accelerator, model = Accelerator(cpu=True), loops.Net()
     report = warm_start(accelerator, model, source, into="encoder")
-    groups = warmstart.param_groups(model, report, lr=0.1) if hasattr(warmstart, "param_groups") else None
-    if groups is None:
-        pytest.skip("param_groups is not there yet")
-    optimizer = torch.optim.SGD(groups)
+    optimizer = torch.optim.SGD(warmstart.param_groups(model, report, lr=0.1, loaded_lr_scale=0.5))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in model.encoder.parameters()} == {0.05}
+    assert {rates[id(p)] for p in model.head.parameters()} == {0.1}
     prepared, optimizer = accelerator.prepare(model, optimizer)
     prepared(torch.randn(8, 4))
     assert report.status == "applied"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import Plain, bert, equal, numbers, texts, weights
+from tiny import BEFORE_5, Plain, bert, equal, numbers, texts, weights
 from torch.utils.data import IterableDataset
 from transformers import (
     EarlyStoppingCallback,
@@ -272,3 +274,51 @@ def test_a_run_s_own_checkpoint_is_a_source_and_its_other_files_are_told_apart(m
         with pytest.raises(CheckpointError, match=re.escape(words)):
             make_trainer(model, WarmStartCallback(tmp_path / "run" / name))
         assert equal(weights(model), cold)
+
+
+def test_batches_of_rows_of_like_length(make_trainer, bert_source):
+    """The Trainer's own sampler; in a list it measures the rows itself, and looks for no column."""
+    rows = [{**row, "input_ids": row["input_ids"][: 2 + i % 5]} for i, row in enumerate(texts())]
+    lengths = []
+
+    def collate(batch):
+        lengths.append([len(row["input_ids"]) for row in batch])
+        ids = torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in batch], batch_first=True)
+        return {"input_ids": ids, "labels": torch.tensor([row["labels"] for row in batch])}
+
+    grouped = {"group_by_length": True} if BEFORE_5 else {"train_sampling_strategy": "group_by_length"}
+    model, start = bert(), Start()
+    callback = WarmStartCallback(bert_source, freeze=["bert.encoder"])
+    trainer = make_trainer(model, callback, start, data=rows, length_column_name="size", **grouped)
+    trainer.data_collator = collate
+    trainer.train()
+    assert lengths == [sorted(batch, reverse=True) for batch in lengths]
+    assert lengths[0][0] == 6  # the longest comes first
+    assert callback.report.status == "applied"
+    source = load_file(bert_source)
+    assert all(torch.equal(start.values[f"bert.{k}"], v) for k, v in source.items() if k != "embeddings.position_ids")
+    assert all(torch.equal(v, source[f"encoder.{k}"]) for k, v in model.bert.encoder.state_dict().items())
+
+
+def test_a_push_to_the_hub_without_a_network_costs_the_push_and_not_the_run(make_trainer, bert_source, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model, callback = bert(), WarmStartCallback(bert_source)
+    before = weights(model)
+    with pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):
+        make_trainer(model, callback, push_to_hub=True, hub_model_id="someone/something")
+    assert equal(weights(model), before)
+    trainer = make_trainer(model, callback, hub_model_id="someone/something")  # the same callback, once more
+    callback.attach(trainer)
+    trainer.train()
+    assert callback.report.status == "applied"
+    with pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):
+        trainer.push_to_hub()
+    trainer.save_model()
+    trained = weights(model)
+    assert equal(load_file(Path(trainer.args.output_dir, "model.safetensors")), trained)
+
+
+def test_a_class_in_the_place_of_a_callback_is_told_what_it_lacks(make_trainer):
+    """The Trainer makes an object of a class itself."""
+    with pytest.raises(TypeError, match=r"WarmStartCallback.* missing .* 'pretrained'"):
+        make_trainer(bert(), WarmStartCallback)

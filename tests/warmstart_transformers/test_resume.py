@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import Plain, bert, equal, weights
+from tiny import Plain, bert, equal, numbers, weights
 from transformers import TrainerCallback
 
 from warmstart import CheckpointError, FrozenChangedError
@@ -105,6 +105,29 @@ def test_without_a_resume_a_file_that_is_gone_is_an_error(make_trainer, plain_so
     trainer = make_trainer(Plain(), WarmStartCallback(plain_source, into="encoder"))
     with pytest.raises(CheckpointError, match=r"encoder\.pt"):
         trainer.train()
+
+
+@pytest.mark.parametrize("score", ["evaluate", "predict"])
+def test_a_file_that_is_gone_gives_no_scores_until_other_weights_are_loaded(make_trainer, plain_source, score):
+    trained = Plain()
+    trainer = make_trainer(trained, WarmStartCallback(plain_source, into="encoder"), save_strategy="epoch")
+    trainer.train()
+    plain_source.rename(plain_source.with_name("encoders.pt"))
+
+    def scores(model, load=lambda trainer: None):
+        trainer = make_trainer(model, WarmStartCallback(plain_source, into="encoder"), num_train_epochs=2)
+        load(trainer)
+        return (
+            trainer.evaluate()["eval_loss"] if score == "evaluate" else trainer.predict(numbers()).metrics["test_loss"]
+        )
+
+    with pytest.raises(CheckpointError, match=r"encoder\.pt: there is no such file \(did you mean 'encoders\.pt'"):
+        scores(Plain())
+    expected = make_trainer(trained).evaluate()["eval_loss"]
+    assert scores(Plain(), lambda trainer: trainer.model.load_state_dict(trained.state_dict())) == expected
+    resumed = Plain()
+    after = scores(resumed, lambda trainer: trainer.train(resume_from_checkpoint=True))
+    assert after == make_trainer(resumed).evaluate()["eval_loss"]
 
 
 def test_an_adapter_s_checkpoint_cannot_stand_in_for_the_base(make_trainer, bert_source):

@@ -285,6 +285,11 @@ class Lifecycle:
         return self._gone
 
     @property
+    def unsettled(self) -> CheckpointError | None:
+        """The same, as long as no restore was seen."""
+        return None if self._watch.seen or self._trained else self._gone
+
+    @property
     def knows_what_to_freeze(self) -> bool:
         """Whether the frozen names are known although the source is gone."""
         return self.frozen is not None or self.lock is not None or not any(part.freeze is True for part in self.parts)

@@ -29,11 +29,13 @@ class ReentrantWatch:
     def __init__(self, model: nn.Module) -> None:
         self._graph = True  # whether the model's caller wants gradients: not of a teacher
         self._waiting: set[str] = set()  # modules with parameters of their own that train
-        self._within: Counter[str] = Counter()  # of each module, how many of those it is or has
         for path, module in model.named_modules():
             if any(p.requires_grad for p in module.parameters(recurse=False)):
-                self._waiting.add(path)
-                self._within.update(_upwards(path))
+                above = path.rpartition(".")[0]
+                # An attention computes with its projection's parameters, and never calls the projection.
+                called = not isinstance(model.get_submodule(above), nn.MultiheadAttention)
+                self._waiting.add(path if called else above)
+        self._within = Counter(at for path in self._waiting for at in _upwards(path))  # how many each one is or has
         self._handles = {
             path: module.register_forward_pre_hook(partial(self._enter, path))
             for path, module in model.named_modules()
