@@ -30,14 +30,14 @@ class Structure:
     sure: set[Link]
 
 
-def structure(keys: Side, entries: Side, pairing: Pairing, vocabulary: bool) -> Structure:
+def structure(keys: Side, entries: Side, pairing: Pairing) -> Structure:
     """Pairs for what names in context leave open, each with its evidence."""
     pairs = pairing.pairs
     taken = {candidate.entry for candidate in pairs.values()}
     open_keys = items_of(t for t in keys.templates if t not in pairs)
     open_entries = items_of(t for t in entries.templates if t not in taken)
     places = _places(pairs, keys, entries)
-    linker = Linker(keys, entries, set(open_keys), set(open_entries), PHRASES if vocabulary else (), _modules(pairs))
+    linker = Linker(keys, entries, set(open_keys), set(open_entries), PHRASES if keys.lexicon.vocabulary else (), _modules(pairs))
     links = [
         link
         for decide in (linker.by_all_words, linker.by_words, linker.by_shapes)

@@ -39,9 +39,12 @@ SYNONYMS = (
     ),
     Synonym(("attention", "attn", "att", "mha"), "an abbreviation", "timm; llama; fairseq"),
     Synonym(
-        ("norm", "layernorm", "layer norm", "ln", "rmsnorm", "rms norm", "normalization", "layrnorm"),
-        "a normalisation layer",
-        "all; `layrnorm` is transformers' spelling in CLIP",
+        (
+            "norm", "layernorm", "layer norm", "ln", "rmsnorm", "rms norm", "normalization", "layrnorm", "bn",
+            "batchnorm", "batch norm", "groupnorm", "group norm", "gn",
+        ),
+        "a normalisation layer; which one its tensors and their shapes say",
+        "all; torchvision; Keras; detectron2; `layrnorm` is transformers' spelling in CLIP",
     ),
     Synonym(
         ("mlp", "ffn", "ff", "feed forward", "feedforward"),
@@ -67,7 +70,6 @@ SYNONYMS = (
     Synonym(("embed", "embedding", "emb", "embedder"), "an abbreviation", "all"),
     Synonym(("position", "pos", "positional"), "an abbreviation", "timm; CLIP"),
     Synonym(("conv", "conv1d", "conv2d", "conv3d", "convolution"), "the dimension is in the shape", "all; detectron2"),
-    Synonym(("bn", "batchnorm", "batch norm"), "an abbreviation", "torchvision; Keras"),
     Synonym(("encoder", "enc"), "an abbreviation", "all"),
     Synonym(("decoder", "dec"), "an abbreviation", "all"),
     Synonym(("vision", "visual"), "the image side of a model of two", "CLIP against transformers"),
@@ -120,6 +122,9 @@ class Phrase:
     tells: bool = True
 
 
+# A norm that stands at another place where it has only one other beside it: (name, the other, what it is read as in a row).
+BESIDE = (("post attention norm", "post mlp norm", "norm of attention"),)
+
 PHRASES = (
     Phrase(
         (
@@ -131,6 +136,19 @@ PHRASES = (
         ),
         "the two norms of a pre-norm block: before attention, and between attention and MLP",
         "transformers Llama; Meta's llama; fairseq; timm and CLIP; transformers BEiT",
+    ),
+    Phrase(
+        (
+            ("norm of attention", "post mlp norm"),
+            ("attention norm", "mlp norm"),
+            ("attention norm", "final norm"),
+            ("attention norm", "output norm"),
+            ("attention output norm", "output norm"),
+            ("sa norm", "output norm"),
+            ("norm 1", "norm 2"),
+        ),
+        "the two norms of a post-norm block: after attention, and after the MLP",
+        "transformers' ports of NomicBert, GTE and Jina; fairseq RoBERTa; BERT; DistilBert",
     ),
     Phrase(
         (("embed norm", "final norm"), ("input norm", "norm"), ("norm pre", "norm post"), ("pre norm", "post norm")),
