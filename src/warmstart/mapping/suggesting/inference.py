@@ -91,7 +91,8 @@ def infer(keys: Mapping[str, Shape], entries: Mapping[str, Shape], *, vocabulary
     Raises:
         MappingError: A side has more kinds of names than are compared.
     """
-    both = templates(*({name: shape for name, shape in side.items() if INDEX not in name} for side in (keys, entries)))
+    plain = [{name: shape for name, shape in side.items() if INDEX not in name} for side in (keys, entries)]
+    both = templates(*plain, lexicon=Lexicon(vocabulary))
     for what, side in zip(("checkpoint", "model"), both, strict=True):
         if len(side) > _KINDS:
             raise MappingError(

@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from warmstart.mapping.derivations import Shape
-from warmstart.mapping.suggesting.items import LEAVES, Item, matched
+from warmstart.mapping.suggesting.items import Item, matched
+from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
 from warmstart.mapping.suggesting.matching import Candidate, Pairing, Side, own_partner
 from warmstart.mapping.suggesting.siblings import Siblings

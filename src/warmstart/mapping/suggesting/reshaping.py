@@ -53,14 +53,14 @@ def reshapings(found: Inference, rules: Mapping[str, str], *, vocabulary: bool =
     keys, entries = found.left()
     renamer, lexicon = Renamer([rules]), Lexicon(vocabulary)
     a = _by_words((_Side(_renamed(t, renamer), t) for t in keys), lexicon)
-    b = _by_words((_Side(t.path, t) for t in entries), lexicon)
+    b = _by_words((_Side(t.spelled, t) for t in entries), lexicon)
     return [*_transposed(a, b), *_stacked(a, b), *_unstacked(a, b), *_split(a, b), *_joined(a, b)]
 
 
 def _renamed(template: Template, renamer: Renamer) -> Path:
     count = 0
     out = []
-    for segment in template.path:
+    for segment in template.spelled:
         if segment.endswith(INDEX):
             segment = f"{segment[:-1]}{_FIRST + count}"
             count += 1

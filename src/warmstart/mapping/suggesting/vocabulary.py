@@ -92,6 +92,18 @@ FILLERS: Mapping[str, str] = {
     "self": "self-attention is attention", "module": "a wrapper", "param": "a container", "net": "a container",
 }  # fmt: skip
 
+# What codebases call the tensors of a layer, and what torch calls them; and of norms, whose `scale` elsewhere is a layer's own.
+TENSORS: Mapping[str, str] = {
+    "kernel": "weight", "w": "weight", "embedding": "weight", "embeddings": "weight",  # Keras, Flax; OpenAI's GPT-2
+    "beta": "bias", "b": "bias",  # Keras, TensorFlow BERT; OpenAI's GPT-2
+    "moving_mean": "running_mean", "moving_variance": "running_var",  # Keras
+}  # fmt: skip
+NORM_TENSORS: Mapping[str, str] = {
+    "gamma": "weight", "scale": "weight", "g": "weight",  # Keras, lucidrains; T5X, Flax; OpenAI's GPT-2
+    "mean": "running_mean", "var": "running_var",  # Flax
+}  # fmt: skip
+NORM_ROWS = (frozenset({"gamma", "beta"}), frozenset({"g", "b"}))  # a norm whatever its module is called
+
 # Words, by their first spellings, of which one is never another, whatever is missing beside them.
 APART = (
     frozenset({"query", "key", "value", "kv", "qkv", "output"}),  # the maps of one attention
