@@ -113,5 +113,5 @@ class PlaceWords:
 
 @lru_cache(maxsize=1 << 14)
 def turn_of(words: frozenset[str], rows: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
-    words = frozenset(word.partition(" ")[0] for word in words)
+    words = frozenset(word if " of 0-" in word else word.partition(" ")[0] for word in words)
     return tuple(sorted({turn for row in rows for turn, text in enumerate(row) if words == frozenset(text.split())}))

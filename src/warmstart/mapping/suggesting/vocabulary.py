@@ -135,7 +135,11 @@ class Phrase:
 
 
 # A norm that stands at another place where it has only one other beside it: (name, the other, what it is read as in a row).
-BESIDE = (("post attention norm", "post mlp norm", "norm of attention"),)
+BESIDE = (
+    ("post attention norm", "post mlp norm", "norm of attention"),  # transformers' NomicBert, GTE
+    ("norm", "final norm", "norm of attention"),  # transformers' Wav2Vec2 and its like, against fairseq
+    ("pre mlp norm", "input norm", "post attention norm"),  # Megatron Core
+)
 
 PHRASES = (
     Phrase(
@@ -161,6 +165,11 @@ PHRASES = (
         ),
         "the two norms of a post-norm block: after attention, and after the MLP",
         "transformers' ports of NomicBert, GTE and Jina; fairseq RoBERTa; BERT; DistilBert",
+    ),
+    Phrase(
+        (("embed token", "language head"), ("token embed", "output"), ("embed in", "embed output"), ("embed in", "output")),
+        "the two ends of a language model, of one shape",
+        "transformers; Meta's llama, Megatron; GPT-NeoX",
     ),
     Phrase(
         (("embed norm", "final norm"), ("input norm", "norm"), ("norm pre", "norm post"), ("pre norm", "post norm")),
