@@ -10,6 +10,7 @@ from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.templates import Path, Template
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Item:
     """A module's own tensors that are not matched yet, or one tensor that has no layer of torch around it.

@@ -35,8 +35,9 @@ def learned(keys: Side, entries: Side, pairing: Pairing, beyond: Structure) -> d
 
 
 def _one(place: Place, side: Side) -> tuple[str, str] | None:
-    """The only segment in which two paths differ, on either side; None if they differ otherwise."""
+    """The segments that differ right after ones of the same words, or as the only ones; None if there are none."""
     a, b = replaced(place, side.lexicon)
-    if len(a) == len(b) == 1 and not (a[0].isdecimal() or b[0].isdecimal()) and side.lexicon.content(a[0]) != side.lexicon.content(b[0]):
-        return a[0], b[0]
-    return None
+    if not a or not b or a[-1].isdecimal() or b[-1].isdecimal():
+        return None
+    before = [[side.lexicon.content(segment) for segment in path[-2:-1]] for path in (a, b)]
+    return (a[-1], b[-1]) if before[0] == before[1] else None

@@ -35,7 +35,9 @@ def torch_names(names: Iterable[str], others: Iterable[str], lexicon: Lexicon) -
 
 def _told(module: str, leaves: Collection[str], lexicon: Lexicon) -> Mapping[str, str]:
     """Torch's names for all tensors of a module; nothing where one is unknown, or two are the same."""
-    norm = "norm" in lexicon.segment(module.split(".")[-2]) or any(row <= set(leaves) for row in NORM_ROWS)
+    norm = not NORM_TENSORS.keys().isdisjoint(leaves) and (
+        any(row <= set(leaves) for row in NORM_ROWS) or "norm" in lexicon.segment(module.split(".")[-2])
+    )
     known = {**TENSORS, **NORM_TENSORS} if norm else TENSORS
     told = {leaf: known.get(leaf, leaf) for leaf in leaves}
     return told if LEAVES.issuperset(told.values()) and len(set(told.values())) == len(told) else {}

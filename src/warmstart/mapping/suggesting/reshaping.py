@@ -15,11 +15,12 @@ from warmstart.mapping.planning.renames import Renamer
 from warmstart.mapping.suggesting.inference import Guess, Inference, Match
 from warmstart.mapping.suggesting.shifts import literal
 from warmstart.mapping.suggesting.templates import Path, Template, index_positions
+from warmstart.mapping.suggesting.vocabulary import FUSED
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 Words = frozenset[tuple[str, int]]
 
-_FUSED, _PARTS = "qkv", ("query", "key", "value")
+_FUSED, _PARTS = FUSED
 _FIRST = 900_000  # indices of the example name by which a template is renamed
 
 

@@ -38,7 +38,9 @@ def structure(keys: Side, entries: Side, pairing: Pairing) -> Structure:
     open_keys = items_of(t for t in keys.templates if t not in pairs)
     open_entries = items_of(t for t in entries.templates if t not in taken)
     places = _places(pairs, keys, entries)
-    linker = Linker(keys, entries, set(open_keys), set(open_entries), PHRASES if keys.lexicon.vocabulary else (), _modules(pairs))
+    linker = Linker(
+        keys, entries, set(open_keys), set(open_entries), PHRASES if keys.lexicon.vocabulary else (), _modules(pairs)
+    )
     links = [
         link
         for decide in (linker.by_all_words, linker.by_words, linker.by_shapes)

@@ -40,8 +40,20 @@ SYNONYMS = (
     Synonym(("attention", "attn", "att", "mha"), "an abbreviation", "timm; llama; fairseq"),
     Synonym(
         (
-            "norm", "layernorm", "layer norm", "ln", "rmsnorm", "rms norm", "normalization", "layrnorm", "bn",
-            "batchnorm", "batch norm", "groupnorm", "group norm", "gn",
+            "norm",
+            "layernorm",
+            "layer norm",
+            "ln",
+            "rmsnorm",
+            "rms norm",
+            "normalization",
+            "layrnorm",
+            "bn",
+            "batchnorm",
+            "batch norm",
+            "groupnorm",
+            "group norm",
+            "gn",
         ),
         "a normalisation layer; which one its tensors and their shapes say",
         "all; torchvision; Keras; detectron2; `layrnorm` is transformers' spelling in CLIP",
@@ -103,6 +115,8 @@ NORM_TENSORS: Mapping[str, str] = {
     "mean": "running_mean", "var": "running_var",  # Flax
 }  # fmt: skip
 NORM_ROWS = (frozenset({"gamma", "beta"}), frozenset({"g", "b"}))  # a norm whatever its module is called
+
+FUSED = "qkv", ("query", "key", "value")  # by their first spellings: one matrix, and the three that it holds
 
 # Words, by their first spellings, of which one is never another, whatever is missing beside them.
 APART = (
@@ -167,7 +181,12 @@ PHRASES = (
         "transformers' ports of NomicBert, GTE and Jina; fairseq RoBERTa; BERT; DistilBert",
     ),
     Phrase(
-        (("embed token", "language head"), ("token embed", "output"), ("embed in", "embed output"), ("embed in", "output")),
+        (
+            ("embed token", "language head"),
+            ("token embed", "output"),
+            ("embed in", "embed output"),
+            ("embed in", "output"),
+        ),
         "the two ends of a language model, of one shape",
         "transformers; Meta's llama, Megatron; GPT-NeoX",
     ),
