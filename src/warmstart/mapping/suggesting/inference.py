@@ -128,7 +128,7 @@ def _read(keys: list[Template], entries: list[Template], lexicon: Lexicon) -> tu
 def _joined(first: Inference, second: Inference) -> Inference:
     """What either reading is sure of and the other does not deny; of the rest, what the second one proposes."""
     keys, entries = ({getattr(m, side): m for m in first.sure} for side in ("key", "entry"))
-    sure = {m: None for m in first.sure}
+    sure = dict.fromkeys(first.sure)
     for match in second.sure:
         others = {m for m in (keys.get(match.key), entries.get(match.entry)) if m is not None}
         if not others:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from warmstart.mapping.suggesting.items import items_of
-from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.judging import judged
+from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.linking import Link, Linker, Twins
 from warmstart.mapping.suggesting.matching import Candidate, Pairing, Side
 from warmstart.mapping.suggesting.siblings import corresponding
