@@ -586,3 +586,51 @@ def test_more_kinds_of_names_than_are_compared_are_an_answer_of_their_own(sugges
         suggest(*sides)
     assert "select=" in str(error.value)
     assert not read
+
+
+def resnet(kept: int = 4) -> tuple[dict, dict, dict]:
+    """Stages of a ResNet as torchvision spells them, and as detectron2 does: entry to key too."""
+    truth, keys = {}, {}
+    channels = 8
+    for stage in range(1, kept + 1):
+        for block in range(2):
+            row = {f"conv{i}": (channels, channels, size, size) for i, size in ((1, 1), (2, 3))}
+            row["conv3"] = (4 * channels, channels, 1, 1)
+            if not block:
+                row["conv1"] = (channels, 2 * channels, 1, 1)
+            parts = {f"{name}.weight": (shape, f"{name}.weight") for name, shape in row.items()}
+            for i in (1, 2, 3):
+                size = (row[f"conv{i}"][0],)
+                parts |= {
+                    f"bn{i}.{tensor}": (size, f"conv{i}.norm.{tensor}")
+                    for tensor in ("weight", "bias", "running_mean", "running_var")
+                }
+            if not block:
+                parts["downsample.0.weight"] = ((4 * channels, 2 * channels, 1, 1), "shortcut.weight")
+                parts |= {
+                    f"downsample.1.{tensor}": ((4 * channels,), f"shortcut.norm.{tensor}")
+                    for tensor in ("weight", "bias", "running_mean", "running_var")
+                }
+            for key, (shape, entry) in parts.items():
+                keys[f"layer{stage}.{block}.{key}"] = shape
+                truth[f"res{stage + 1}.{block}.{entry}"] = f"layer{stage}.{block}.{key}"
+        channels *= 2
+    return keys, {entry: keys[key] for entry, key in truth.items()}, truth
+
+
+def test_the_stages_of_a_resnet_are_never_taken_for_each_other(suggest):
+    """`layer1` is `res2`, whatever the numbers say."""
+    keys, entries, truth = resnet()
+    suggestion = suggest(keys, entries)
+    assert wrong(suggestion, truth) == {}
+    assert len(suggestion.mapping) > 0.7 * len(truth)
+
+
+@pytest.mark.parametrize("dropped", ["layer1.", "layer4.", "layer2.0.downsample"])
+def test_subtrees_of_a_resnet_under_a_prefix_go_where_their_names_say(suggest, dropped):
+    """A backbone that lacks a stage, or its shortcut: the others are not moved up."""
+    keys, _, _ = resnet()
+    truth = {f"backbone.body.{key}": key for key in keys if not key.startswith(dropped)}
+    suggestion = suggest(keys, {entry: keys[key] for entry, key in truth.items()})
+    assert {entry: found[0] for entry, found in suggestion.mapping.items()} == truth
+    assert set(suggestion.unexplained.keys) == {key for key in keys if key.startswith(dropped)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from warmstart.mapping.suggesting.templates import numbered, templates
-from warmstart.mapping.suggesting.words import INDEX
+from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 
 def spelled(path):
@@ -11,7 +11,7 @@ def spelled(path):
 
 
 def paths(shapes):
-    return {spelled(t.path): (t.shape, sorted(t.names)) for t in templates(shapes)[0]}
+    return {spelled(t.path): (t.shape, sorted(t.names)) for t in templates(shapes, lexicon=Lexicon())[0]}
 
 
 def test_layers_of_one_kind_are_one_template():
@@ -31,7 +31,9 @@ def test_numbered_names_are_a_list():
 
 def test_an_odd_first_layer_is_a_template_of_its_own_shape():
     shapes = {f"layers.{i}.{leaf}": (4, 4) for i in range(4) for leaf in ("a", "b", "c")} | {"layers.0.a": (4, 2)}
-    found = [(spelled(t.path), t.shape, len(t.names)) for t in templates(shapes)[0] if t.path[-1] == "a"]
+    found = [
+        (spelled(t.path), t.shape, len(t.names)) for t in templates(shapes, lexicon=Lexicon())[0] if t.path[-1] == "a"
+    ]
     assert sorted(found) == [("layers.#.a", (4, 2), 1), ("layers.#.a", (4, 4), 3)]
 
 
@@ -53,7 +55,7 @@ def test_only_plain_numbers_are_indices():
 def test_a_list_of_one_side_is_a_list_of_the_other():
     keys = {f"layers.{i}.fc.weight": (4, 2) for i in range(3)} | {f"block{i}.a.weight": (2,) for i in range(4)}
     entries = {"layers.1.fc.weight": (4, 2), "block2.a.weight": (2,)}
-    assert [[spelled(t.path) for t in side] for side in templates(keys, entries)] == [
+    assert [[spelled(t.path) for t in side] for side in templates(keys, entries, lexicon=Lexicon())] == [
         ["layers.#.fc.weight", "block#.a.weight"]
     ] * 2
 
@@ -61,4 +63,7 @@ def test_a_list_of_one_side_is_a_list_of_the_other():
 def test_a_row_of_different_layers_on_one_side_is_one_on_the_other():
     keys = {"f.0.conv.weight": (4, 2), "f.1.conv.weight": (8, 4), "f.2.conv.weight": (16, 8)}
     entries = {"f.0.conv.weight": (4, 2)}
-    assert [[spelled(t.path) for t in side] for side in templates(keys, entries)] == [list(keys), list(entries)]
+    assert [[spelled(t.path) for t in side] for side in templates(keys, entries, lexicon=Lexicon())] == [
+        list(keys),
+        list(entries),
+    ]

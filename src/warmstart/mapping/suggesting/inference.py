@@ -9,6 +9,7 @@ from warmstart.errors import MappingError
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.indices import ListSets, shift
 from warmstart.mapping.suggesting.items import matched
+from warmstart.mapping.suggesting.learning import learned
 from warmstart.mapping.suggesting.linking import Evidence, Link, Twins
 from warmstart.mapping.suggesting.matching import Side, pair
 from warmstart.mapping.suggesting.siblings import Siblings
@@ -90,7 +91,8 @@ def infer(keys: Mapping[str, Shape], entries: Mapping[str, Shape], *, vocabulary
     Raises:
         MappingError: A side has more kinds of names than are compared.
     """
-    both = templates(*({name: shape for name, shape in side.items() if INDEX not in name} for side in (keys, entries)))
+    plain = [{name: shape for name, shape in side.items() if INDEX not in name} for side in (keys, entries)]
+    both = templates(*plain, lexicon=Lexicon(vocabulary))
     for what, side in zip(("checkpoint", "model"), both, strict=True):
         if len(side) > _KINDS:
             raise MappingError(
@@ -98,15 +100,20 @@ def infer(keys: Mapping[str, Shape], entries: Mapping[str, Shape], *, vocabulary
                 "that suggest compares; it says nothing of them\n"
                 '  -> narrow both sides, into="..." and select=["..."]; else write the rules by hand, rename={...}'
             )
-    found = Inference(both[0], both[1])
-    lexicon = Lexicon(vocabulary)
-    a, b = Side(found.keys, lexicon), Side(found.entries, lexicon)
-    lists = ListSets.of(found.keys), ListSets.of(found.entries)
+    first, renamed = _read(both[0], both[1], Lexicon(vocabulary))
+    return _joined(first, _read(both[0], both[1], Lexicon(vocabulary, renamed))[0]) if renamed else first
+
+
+def _read(keys: list[Template], entries: list[Template], lexicon: Lexicon) -> tuple[Inference, dict[str, str]]:
+    """What names in context and structure say, and the renames that it proves."""
+    found = Inference(keys, entries)
+    a, b = Side(keys, lexicon), Side(entries, lexicon)
+    lists = ListSets.of(keys), ListSets.of(entries)
     pairing = pair(a, b)
     siblings = Siblings(((c.key, c.entry) for c in pairing.pairs.values()), a, b)
     along = {key: c for key, c in pairing.pairs.items() if siblings.go_along(key.path, c.entry.path)}
     pairing = replace(pairing, pairs=along)
-    beyond = structure(a, b, pairing, vocabulary)
+    beyond = structure(a, b, pairing)
     for candidate in pairing.pairs.values():
         _add(found, [(candidate.key, candidate.entry)], lists, None)
     for link in beyond.links:
@@ -115,7 +122,23 @@ def infer(keys: Mapping[str, Shape], entries: Mapping[str, Shape], *, vocabulary
         guess = _both_ways(twins, lists)
         if guess is not None:
             found.guesses.append(guess)
-    return found
+    return found, learned(a, b, pairing, beyond)
+
+
+def _joined(first: Inference, second: Inference) -> Inference:
+    """What either reading is sure of and the other does not deny; of the rest, what the second one proposes."""
+    keys, entries = ({getattr(m, side): m for m in first.sure} for side in ("key", "entry"))
+    sure = dict.fromkeys(first.sure)
+    for match in second.sure:
+        others = {m for m in (keys.get(match.key), entries.get(match.entry)) if m is not None}
+        if not others:
+            sure[match] = None
+        elif any((m.key, m.entry, m.offsets) != (match.key, match.entry, match.offsets) for m in others):
+            for m in others:
+                sure.pop(m, None)
+    taken = {t for m in sure for t in (m.key, m.entry)}
+    guesses = [g for g in second.guesses if all(m.key not in taken and m.entry not in taken for m in g.readings[0])]
+    return Inference(first.keys, first.entries, list(sure), guesses)
 
 
 def _add(

@@ -7,12 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from warmstart.mapping.derivations import Shape
+from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.templates import Path, Template
-
-# The names torch's own layers give their tensors: a `bias` is never a `running_mean`.
-LEAVES = frozenset(
-    ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias")
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

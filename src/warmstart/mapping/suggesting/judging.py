@@ -6,13 +6,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from warmstart.mapping.derivations import Shape
-from warmstart.mapping.suggesting.items import LEAVES, Item, matched
+from warmstart.mapping.suggesting.items import Item, matched
+from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
 from warmstart.mapping.suggesting.matching import Candidate, Pairing, Side, own_partner
 from warmstart.mapping.suggesting.siblings import Siblings
 from warmstart.mapping.suggesting.spelling import spelled_alike
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
-from warmstart.mapping.suggesting.vocabulary import apart
+from warmstart.mapping.suggesting.vocabulary import FUSED, apart
 
 _MISSING = 0.03  # share of one side's templates without a partner up to which the other is taken to have them all
 _SUPPORT = 3  # names that must differ by the same words before these say nothing
@@ -202,7 +203,18 @@ def _closed(
         for number, template in enumerate((key, entry)):
             paired[number][template] = len(template.names) if shifted else same
     shares = []
-    for side, counts in zip((keys, entries), paired, strict=True):
-        missing = sum(1 - counts[template] / len(template.names) for template in side.templates)
+    for side, other, counts in ((keys, entries, paired[0]), (entries, keys, paired[1])):
+        fused = _fused(side, other)
+        missing = sum(
+            1 - counts[template] / len(template.names) for template in side.templates if template not in fused
+        )
         shares.append(missing / max(1, len(side.templates)))
     return min(shares) <= _MISSING
+
+
+def _fused(side: Side, other: Side) -> set[Template]:
+    """The queries, keys and values of which the other side has all three in one, or the other way round: no names pair them."""
+    for one, more, parts in ((side, other, FUSED[:1]), (other, side, FUSED[1])):
+        if FUSED[0] in one.words and FUSED[0] not in more.words and more.words.keys() >= set(FUSED[1]):
+            return {template for part in parts for template in side.saying[part]}
+    return set()

@@ -155,7 +155,7 @@ class Linker:
                 yield from self._by_numbers(place, words, xs, ys)
 
     def _by_phrase(self, place: Place, words: PlaceWords, xs: list[Item], ys: list[Item]) -> Iterator[Link]:
-        said = [words.said(x) for x in xs], [words.said(y) for y in ys]
+        said = [words.told(x) for x in xs], [words.told(y) for y in ys]
         for phrase in self.phrases:
             if not phrase.tells:
                 continue

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.indices import spread
-from warmstart.mapping.suggesting.items import LEAVES, Item
+from warmstart.mapping.suggesting.items import Item
+from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
 from warmstart.mapping.suggesting.vocabulary import apart
 from warmstart.mapping.suggesting.words import INDEX, Lexicon

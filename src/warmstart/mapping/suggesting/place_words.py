@@ -9,7 +9,7 @@ from functools import lru_cache
 from warmstart.mapping.suggesting.items import Item
 from warmstart.mapping.suggesting.matching import Side
 from warmstart.mapping.suggesting.templates import Path, Place, numbered
-from warmstart.mapping.suggesting.vocabulary import Phrase
+from warmstart.mapping.suggesting.vocabulary import BESIDE, Phrase
 from warmstart.mapping.suggesting.words import INDEX
 
 Modules = tuple[dict[Path, Path], dict[Path, Path]]  # of tensors in layers of torch: where the layer went
@@ -28,9 +28,12 @@ class PlaceWords:
     ) -> None:
         self.sides, self.phrases, self.modules, self.place = sides, phrases, modules, place
         self._said: dict[Item, frozenset[str]] = {}
+        self._beside: dict[Item, frozenset[str]] = {}
         for side, both in enumerate(items):
             for item in both:
                 self._said[item] = self._read(item, side)
+                if phrases and (told := self._among_norms(item, side)):
+                    self._beside[item] = told
         self.counts = [Counter(w for i in both for w in self._said[i]) for both in items]
 
     def _read(self, item: Item, side: int) -> frozenset[str]:
@@ -47,8 +50,23 @@ class PlaceWords:
                     out.add(word)
         return frozenset(out)
 
+    def _among_norms(self, item: Item, side: int) -> frozenset[str]:
+        """What a norm's name says because of the only other norm beside it; nothing if it says the same anyway."""
+        lexicon = self.sides[side].lexicon
+        own = frozenset(lexicon.content(item.path[-1]))
+        for name, other, told in BESIDE:
+            if own == frozenset(name.split()):
+                row = [frozenset(lexicon.content(s)) for s in self.sides[side].children[item.path[:-1]]]
+                if [words for words in row if words != own and "norm" in words] == [frozenset(other.split())]:
+                    return frozenset(told.split())
+        return frozenset()
+
     def said(self, item: Item) -> frozenset[str]:
         return self._said[item]
+
+    def told(self, item: Item) -> frozenset[str]:
+        """The words by which an item takes its place in a row."""
+        return self._beside.get(item, self._said[item])
 
     def score(self, x: Item, y: Item) -> float:
         a, b = self._said[x], self._said[y]
@@ -68,7 +86,8 @@ class PlaceWords:
         counts = [{word for word in self._said[item] if " of " in word} for item in (x, y)]
         if all(counts) and counts[0] != counts[1]:
             return False
-        rows = [(turn_of(self._said[x], p.rows), turn_of(self._said[y], p.rows)) for p in self.phrases if p.tells]
+        told = self.told(x), self.told(y)
+        rows = [(turn_of(told[0], p.rows), turn_of(told[1], p.rows)) for p in self.phrases if p.tells]
         return any(a and a == b for a, b in rows)
 
     def vetoed(self, x: Item, y: Item) -> bool:
@@ -89,10 +108,10 @@ class PlaceWords:
     def turn(self, item: Item, phrase: Phrase) -> tuple[int, ...]:
         """Which place of a row the words of an item name, or those of its last segment; nothing if none."""
         last = frozenset(self.sides[0].lexicon.content(item.path[-1]))
-        return turn_of(self._said[item], phrase.rows) or turn_of(last, phrase.rows)
+        return turn_of(self.told(item), phrase.rows) or turn_of(self._beside.get(item, last), phrase.rows)
 
 
 @lru_cache(maxsize=1 << 14)
 def turn_of(words: frozenset[str], rows: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
-    words = frozenset(word.partition(" ")[0] for word in words)
+    words = frozenset(word if " of 0-" in word else word.partition(" ")[0] for word in words)
     return tuple(sorted({turn for row in rows for turn, text in enumerate(row) if words == frozenset(text.split())}))

@@ -15,11 +15,12 @@ from warmstart.mapping.planning.renames import Renamer
 from warmstart.mapping.suggesting.inference import Guess, Inference, Match
 from warmstart.mapping.suggesting.shifts import literal
 from warmstart.mapping.suggesting.templates import Path, Template, index_positions
+from warmstart.mapping.suggesting.vocabulary import FUSED
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 Words = frozenset[tuple[str, int]]
 
-_FUSED, _PARTS = "qkv", ("query", "key", "value")
+_FUSED, _PARTS = FUSED
 _FIRST = 900_000  # indices of the example name by which a template is renamed
 
 
@@ -53,14 +54,14 @@ def reshapings(found: Inference, rules: Mapping[str, str], *, vocabulary: bool =
     keys, entries = found.left()
     renamer, lexicon = Renamer([rules]), Lexicon(vocabulary)
     a = _by_words((_Side(_renamed(t, renamer), t) for t in keys), lexicon)
-    b = _by_words((_Side(t.path, t) for t in entries), lexicon)
+    b = _by_words((_Side(t.spelled, t) for t in entries), lexicon)
     return [*_transposed(a, b), *_stacked(a, b), *_unstacked(a, b), *_split(a, b), *_joined(a, b)]
 
 
 def _renamed(template: Template, renamer: Renamer) -> Path:
     count = 0
     out = []
-    for segment in template.path:
+    for segment in template.spelled:
         if segment.endswith(INDEX):
             segment = f"{segment[:-1]}{_FIRST + count}"
             count += 1

@@ -14,14 +14,14 @@ def shifted(sure: Sequence[Match]) -> list[Conversion]:
     """One conversion for each list whose indices change, on names as the renames leave them."""
     found: dict[tuple[str, str], None] = {}
     for match in sure:
-        turns = [(p, by) for p, by in zip(index_positions(match.entry.path), match.offsets, strict=True)]
+        turns = [(p, by) for p, by in zip(index_positions(match.entry.spelled), match.offsets, strict=True)]
         if any(by for _, by in turns):
             last = max(p for p, by in turns if by)
             offsets = dict(turns)
             sides = []
             for change in (False, True):
                 path = []
-                for position, segment in enumerate(match.entry.path[: last + 1]):
+                for position, segment in enumerate(match.entry.spelled[: last + 1]):
                     if segment.endswith(INDEX):
                         by = offsets[position] if change else 0
                         path.append(literal(segment[:-1]) + f"{{i{position}{f'{by:+d}' if by else ''}}}")

@@ -6,8 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from warmstart.mapping.suggesting.items import LEAVES, items_of
+from warmstart.mapping.suggesting.items import items_of
 from warmstart.mapping.suggesting.judging import judged
+from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.linking import Link, Linker, Twins
 from warmstart.mapping.suggesting.matching import Candidate, Pairing, Side
 from warmstart.mapping.suggesting.siblings import corresponding
@@ -30,14 +31,16 @@ class Structure:
     sure: set[Link]
 
 
-def structure(keys: Side, entries: Side, pairing: Pairing, vocabulary: bool) -> Structure:
+def structure(keys: Side, entries: Side, pairing: Pairing) -> Structure:
     """Pairs for what names in context leave open, each with its evidence."""
     pairs = pairing.pairs
     taken = {candidate.entry for candidate in pairs.values()}
     open_keys = items_of(t for t in keys.templates if t not in pairs)
     open_entries = items_of(t for t in entries.templates if t not in taken)
     places = _places(pairs, keys, entries)
-    linker = Linker(keys, entries, set(open_keys), set(open_entries), PHRASES if vocabulary else (), _modules(pairs))
+    linker = Linker(
+        keys, entries, set(open_keys), set(open_entries), PHRASES if keys.lexicon.vocabulary else (), _modules(pairs)
+    )
     links = [
         link
         for decide in (linker.by_all_words, linker.by_words, linker.by_shapes)

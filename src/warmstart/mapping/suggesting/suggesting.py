@@ -169,7 +169,7 @@ def _accepted(
 
 
 def _renames(found: Inference) -> dict[str, str]:
-    return renames({match.key.path: match.entry.path for match in found.sure})
+    return renames({match.key.spelled: match.entry.spelled for match in found.sure})
 
 
 def _ruled(
@@ -214,12 +214,12 @@ def _listed(patterns: Patterns) -> list[str]:
 def _prefix(sure: Sequence[Match]) -> str:
     """The leading path whose removal is all there is to do; empty if it is not."""
     first = next((m for m in sure), None)
-    if first is None or len(first.key.path) <= len(first.entry.path):
+    if first is None or len(first.key.spelled) <= len(first.entry.spelled):
         return ""
-    prefix = first.key.path[: len(first.key.path) - len(first.entry.path)]
+    prefix = first.key.spelled[: len(first.key.spelled) - len(first.entry.spelled)]
     if any(segment.endswith(INDEX) for segment in prefix):
         return ""
-    return ".".join(prefix) if all(m.key.path == (*prefix, *m.entry.path) for m in sure) else ""
+    return ".".join(prefix) if all(m.key.spelled == (*prefix, *m.entry.spelled) for m in sure) else ""
 
 
 def _suggestion(

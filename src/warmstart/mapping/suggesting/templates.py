@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from warmstart.mapping.derivations import Shape
-from warmstart.mapping.suggesting.words import INDEX
+from warmstart.mapping.suggesting.leaves import torch_names
+from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 Path = tuple[str, ...]
 Place = tuple[Path, Path]  # a path of the checkpoint and the one of the model that corresponds to it
@@ -27,17 +28,25 @@ class Template:
     """Names of one side that differ in the indices of lists only, and have one shape.
 
     Attributes:
-        path: The segments, an index as `#` (`layers`, `#`, `weight`) or at the end of its segment (`block#`, `weight`).
+        path: The segments, an index as `#` (`layers`, `#`, `weight`) or at the end of its segment (`block#`, `weight`); a
+            tensor of a layer by torch's name for it.
         shape: The shape of all.
+        leaf: The last segment as it is spelled.
         names: Indices, from left to right, to the name.
     """
 
     path: Path
     shape: Shape
+    leaf: str
     names: dict[tuple[int, ...], str] = field(default_factory=dict)
 
+    @property
+    def spelled(self) -> Path:
+        """The path as the names spell it."""
+        return (*self.path[:-1], self.leaf)
+
     def __repr__(self) -> str:
-        return f"{'.'.join(self.path).replace(INDEX, '#')} {self.shape} x{len(self.names)}"
+        return f"{'.'.join(self.spelled).replace(INDEX, '#')} {self.shape} x{len(self.names)}"
 
 
 def index_positions(path: Path) -> list[int]:
@@ -45,21 +54,26 @@ def index_positions(path: Path) -> list[int]:
     return [i for i, segment in enumerate(path) if segment.endswith(INDEX)]
 
 
-def templates(*sides: Mapping[str, Shape]) -> list[list[Template]]:
+def templates(*sides: Mapping[str, Shape], lexicon: Lexicon) -> list[list[Template]]:
     """The templates of each side, in the order of their first names. Linear in the number of names and their depth.
 
     What is a list is decided for all sides together: a model of one layer has the list that its checkpoint has.
     """
-    split = [{name: tuple(name.split(".")) for name in shapes} for shapes in sides]
+    split = []
+    for side in sides:
+        others = [name for other in sides if other is not side for name in other]
+        told = torch_names(side, others, lexicon)
+        split.append({name: tuple(told[name].split(".")) for name in side})
     lists = _lists(split, sides)
     out = []
     for shapes, names in zip(sides, split, strict=True):
-        found: dict[tuple[Path, Shape], Template] = {}
-        for name, segments in names.items():
-            path, indices = _generalised(segments, lists)
-            template = found.get((path, shapes[name]))
+        found: dict[tuple[Path, Shape, str], Template] = {}
+        for name in shapes:
+            path, indices = _generalised(names[name], lists)
+            leaf = name.rpartition(".")[2] if not path[-1].endswith(INDEX) else path[-1]
+            template = found.get((path, shapes[name], leaf))
             if template is None:
-                template = found[path, shapes[name]] = Template(path, shapes[name])
+                template = found[path, shapes[name], leaf] = Template(path, shapes[name], leaf)
             template.names[indices] = name
         out.append(list(found.values()))
     return out

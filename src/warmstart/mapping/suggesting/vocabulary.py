@@ -39,9 +39,24 @@ SYNONYMS = (
     ),
     Synonym(("attention", "attn", "att", "mha"), "an abbreviation", "timm; llama; fairseq"),
     Synonym(
-        ("norm", "layernorm", "layer norm", "ln", "rmsnorm", "rms norm", "normalization", "layrnorm"),
-        "a normalisation layer",
-        "all; `layrnorm` is transformers' spelling in CLIP",
+        (
+            "norm",
+            "layernorm",
+            "layer norm",
+            "ln",
+            "rmsnorm",
+            "rms norm",
+            "normalization",
+            "layrnorm",
+            "bn",
+            "batchnorm",
+            "batch norm",
+            "groupnorm",
+            "group norm",
+            "gn",
+        ),
+        "a normalisation layer; which one its tensors and their shapes say",
+        "all; torchvision; Keras; detectron2; `layrnorm` is transformers' spelling in CLIP",
     ),
     Synonym(
         ("mlp", "ffn", "ff", "feed forward", "feedforward"),
@@ -67,7 +82,6 @@ SYNONYMS = (
     Synonym(("embed", "embedding", "emb", "embedder"), "an abbreviation", "all"),
     Synonym(("position", "pos", "positional"), "an abbreviation", "timm; CLIP"),
     Synonym(("conv", "conv1d", "conv2d", "conv3d", "convolution"), "the dimension is in the shape", "all; detectron2"),
-    Synonym(("bn", "batchnorm", "batch norm"), "an abbreviation", "torchvision; Keras"),
     Synonym(("encoder", "enc"), "an abbreviation", "all"),
     Synonym(("decoder", "dec"), "an abbreviation", "all"),
     Synonym(("vision", "visual"), "the image side of a model of two", "CLIP against transformers"),
@@ -89,6 +103,20 @@ FILLERS: Mapping[str, str] = {
     "resblock": "an item of a list (CLIP)",
     "self": "self-attention is attention", "module": "a wrapper", "param": "a container", "net": "a container",
 }  # fmt: skip
+
+# What codebases call the tensors of a layer, and what torch calls them; and of norms, whose `scale` elsewhere is a layer's own.
+TENSORS: Mapping[str, str] = {
+    "kernel": "weight", "w": "weight", "embedding": "weight", "embeddings": "weight",  # Keras, Flax; OpenAI's GPT-2
+    "beta": "bias", "b": "bias",  # Keras, TensorFlow BERT; OpenAI's GPT-2
+    "moving_mean": "running_mean", "moving_variance": "running_var",  # Keras
+}  # fmt: skip
+NORM_TENSORS: Mapping[str, str] = {
+    "gamma": "weight", "scale": "weight", "g": "weight",  # Keras, lucidrains; T5X, Flax; OpenAI's GPT-2
+    "mean": "running_mean", "var": "running_var",  # Flax
+}  # fmt: skip
+NORM_ROWS = (frozenset({"gamma", "beta"}), frozenset({"g", "b"}))  # a norm whatever its module is called
+
+FUSED = "qkv", ("query", "key", "value")  # by their first spellings: one matrix, and the three that it holds
 
 # Words, by their first spellings, of which one is never another, whatever is missing beside them.
 APART = (
@@ -120,6 +148,13 @@ class Phrase:
     tells: bool = True
 
 
+# A norm that stands at another place where it has only one other beside it: (name, the other, what it is read as in a row).
+BESIDE = (
+    ("post attention norm", "post mlp norm", "norm of attention"),  # transformers' NomicBert, GTE
+    ("norm", "final norm", "norm of attention"),  # transformers' Wav2Vec2 and its like, against fairseq
+    ("pre mlp norm", "input norm", "post attention norm"),  # Megatron Core
+)
+
 PHRASES = (
     Phrase(
         (
@@ -131,6 +166,29 @@ PHRASES = (
         ),
         "the two norms of a pre-norm block: before attention, and between attention and MLP",
         "transformers Llama; Meta's llama; fairseq; timm and CLIP; transformers BEiT",
+    ),
+    Phrase(
+        (
+            ("norm of attention", "post mlp norm"),
+            ("attention norm", "mlp norm"),
+            ("attention norm", "final norm"),
+            ("attention norm", "output norm"),
+            ("attention output norm", "output norm"),
+            ("sa norm", "output norm"),
+            ("norm 1", "norm 2"),
+        ),
+        "the two norms of a post-norm block: after attention, and after the MLP",
+        "transformers' ports of NomicBert, GTE and Jina; fairseq RoBERTa; BERT; DistilBert",
+    ),
+    Phrase(
+        (
+            ("embed token", "language head"),
+            ("token embed", "output"),
+            ("embed in", "embed output"),
+            ("embed in", "output"),
+        ),
+        "the two ends of a language model, of one shape",
+        "transformers; Meta's llama, Megatron; GPT-NeoX",
     ),
     Phrase(
         (("embed norm", "final norm"), ("input norm", "norm"), ("norm pre", "norm post"), ("pre norm", "post norm")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from warmstart.mapping.suggesting.vocabulary import FILLERS, SYNONYMS
@@ -18,9 +19,11 @@ class Lexicon:
 
     Attributes:
         vocabulary: Whether the declared synonyms are used, or only what the letters say.
+        learned: Segments that are read as others, each proven to be the other's rename.
     """
 
     vocabulary: bool = True
+    learned: Mapping[str, str] = field(default_factory=dict)
     _single: dict[str, str] = field(default_factory=dict)
     _several: dict[tuple[str, ...], str] = field(default_factory=dict)
     _segments: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -40,7 +43,7 @@ class Lexicon:
         """The words of one path segment, each as the vocabulary's first spelling; an index is `#`."""
         known = self._segments.get(segment)
         if known is None:
-            known = self._segments[segment] = tuple(self._read(segment))
+            known = self._segments[segment] = tuple(self._read(self.learned.get(segment, segment)))
         return known
 
     def content(self, segment: str) -> tuple[str, ...]:

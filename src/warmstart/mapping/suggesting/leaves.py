@@ -1,0 +1,43 @@
+"""The tensors of layers under the names that torch gives them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+
+from warmstart.mapping.suggesting.vocabulary import NORM_ROWS, NORM_TENSORS, TENSORS
+from warmstart.mapping.suggesting.words import Lexicon
+
+# The names torch's own layers give their tensors: a `bias` is never a `running_mean`.
+LEAVES = frozenset(
+    ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "in_proj_weight", "in_proj_bias")
+)
+
+
+def torch_names(names: Iterable[str], others: Iterable[str], lexicon: Lexicon) -> dict[str, str]:
+    """Each name to itself with torch's name for its tensor: `norm.gamma` to `norm.weight`.
+
+    A spelling that the other side has as well has its own partner there. Only modules of which every tensor is known are layers
+    of torch under other names: a module with a tensor of its own means its own by all of them.
+    """
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in names:
+        module, dot, leaf = name.rpartition(".")
+        modules[module + dot][leaf] = name
+    own = {name.rpartition(".")[2] for name in others}
+    out = {}
+    for module, leaves in modules.items():
+        told = _told(module, leaves, lexicon) if module and lexicon.vocabulary else {}
+        for leaf, name in leaves.items():
+            out[name] = module + (leaf if leaf in own else told.get(leaf, leaf))
+    return out
+
+
+def _told(module: str, leaves: Collection[str], lexicon: Lexicon) -> Mapping[str, str]:
+    """Torch's names for all tensors of a module; nothing where one is unknown, or two are the same."""
+    norm = not NORM_TENSORS.keys().isdisjoint(leaves) and (
+        any(row <= set(leaves) for row in NORM_ROWS) or "norm" in lexicon.segment(module.split(".")[-2])
+    )
+    known = {**TENSORS, **NORM_TENSORS} if norm else TENSORS
+    told = {leaf: known.get(leaf, leaf) for leaf in leaves}
+    return told if LEAVES.issuperset(told.values()) and len(set(told.values())) == len(told) else {}
