@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from warmstart.mapping.planning.renames import Renamer
-from warmstart.mapping.suggesting.items import LEAVES
+from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.templates import Path
 from warmstart.mapping.suggesting.words import INDEX
 
