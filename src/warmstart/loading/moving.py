@@ -199,8 +199,8 @@ class Mover:
                 continue
             if not torch.equal(a, b):
                 self.different.add(piece.name)
-            if self._copy and not _surely_finite(a.view(piece.to.dtype)):
-                self.infinite.add(piece.name)
+        if self._compare and self._copy and not _surely_finite(piece.to):
+            self.infinite.add(piece.name)
 
 
 def _surely_finite(tensor: Tensor) -> bool:
