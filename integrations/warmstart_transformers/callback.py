@@ -288,10 +288,10 @@ class WarmStartCallback(TrainerCallback):
             progress=self._progress(state),
             bears_unused=args.world_size == 1 or is_sharding() or _finds_unused(args, model),
         )
-        if (
-            self._life.waiting is None
-        ):  # what made up for a lost source must stay known: auto_find_batch_size starts again
-            self._life.watch(model)  # training may be interrupted, and resumed in the same process
+        # Training may be interrupted, and resumed in the same process. What made up for a lost source must stay known:
+        # auto_find_batch_size starts again.
+        if self._life.waiting is None:
+            self._life.watch(model)
         self._first_step = first
         if first and self._log:
             self._tell(args, state)

@@ -68,7 +68,7 @@ def reach_past_frozen(model: nn.Module) -> None:
     if all(option.get("use_reentrant", True) is False for option in options):
         return
     remedy = getattr(model, "enable_input_require_grads", None)
-    with contextlib.suppress(NotImplementedError):
+    with contextlib.suppress(NotImplementedError):  # a model without embeddings of its own: refused below
         if callable(remedy):
             remedy()
     if getattr(model, "_require_grads_hook", None) is None:

@@ -6,17 +6,18 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+import named
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from named import Header
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
 import warmstart
 from warmstart import Pretrained
-from warmstart.checkpoints.base import Checkpoint, TensorInfo
 from warmstart.mapping.model.names import WRAPPER_SEGMENTS, without_wrappers
 from warmstart.mapping.planning.renames import Renamer
 
@@ -24,32 +25,12 @@ Shapes = dict[str, tuple[int, ...]]
 hundreds = settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-class Header(Checkpoint):
-    """Names, shapes and dtypes without tensors: whoever reads one fails."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
-        infos = {key: TensorInfo(shape, torch.float32) for key, shape in shapes.items()}
-        super().__init__(location="header", format="none", infos=infos)
-
-    def _read(self, key, index):
-        raise AssertionError(f"{key} was read while planning")
-
-
 def net(shapes: Mapping[str, tuple[int, ...]], ties: Iterable[tuple[str, str]] = ()) -> nn.Module:
     """A module tree with one parameter per name; of a tie, the second name is the first one's tensor."""
-    root = nn.Module()
-    made: dict[str, nn.Parameter] = {}
-    first = {second: one for one, second in ties}
-    for name, shape in shapes.items():
-        *path, leaf = name.split(".")
-        module = root
-        for segment in path:
-            if segment not in module._modules:
-                module.add_module(segment, nn.Module())
-            module = module._modules[segment]
-        other = first.get(name)
-        made[name] = made[other] if other else nn.Parameter(torch.zeros(shape))
-        module.register_parameter(leaf, made[name])
+    root = named.net(shapes)
+    for one, second in ties:
+        path, _, leaf = second.rpartition(".")
+        setattr(root.get_submodule(path), leaf, root.get_parameter(one))
     return root
 
 

@@ -58,6 +58,15 @@ def loaded_by_hand(source, dtype):
     return model.to(dtype)
 
 
+def trains_frozen_as_a_plain_one(source, model):
+    seen = loops.train(source, model=model, freeze=True)
+    assert seen.report.status == "applied"
+    seen.accelerator.end_training()
+    loops.fresh()
+    theirs = loops.train(source, freeze=True)
+    assert seen.losses == theirs.losses
+
+
 def test_the_next_forward_computes_with_what_was_loaded(offloaded, source):
     with onloaded(offloaded):
         dtype = offloaded.encoder[0].weight.dtype
@@ -89,12 +98,7 @@ def test_a_frozen_encoder_that_is_offloaded_under_a_head_that_trains(source, tmp
     model = loops.Net()
     device_map = {"encoder.0": "disk", "encoder.1": "cpu", "encoder.2": "cpu", "encoder.3": "disk", "head": "cpu"}
     dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path / "offload")
-    seen = loops.train(source, model=model, freeze=True)
-    assert seen.report.status == "applied"
-    seen.accelerator.end_training()
-    loops.fresh()
-    theirs = loops.train(source, freeze=True)
-    assert seen.losses == theirs.losses
+    trains_frozen_as_a_plain_one(source, model)
 
 
 def test_what_moved_on_disk_is_found_at_the_end(source, tmp_path):
@@ -171,11 +175,6 @@ def test_empty_weights_a_device_map_and_a_disk_under_a_head_that_trains(source, 
     assert {n for n, p in model.named_parameters() if p.is_meta} == {
         f"encoder.{i}.{leaf}" for i in (0, 3) for leaf in ("weight", "bias")
     }
-    seen = loops.train(source, model=model, freeze=True)
-    assert seen.report.status == "applied"
-    seen.accelerator.end_training()
-    loops.fresh()
-    theirs = loops.train(source, freeze=True)
-    assert seen.losses == theirs.losses
+    trains_frozen_as_a_plain_one(source, model)
     with onloaded(model):
         assert loops.equal(loops.weights(model.encoder), torch.load(source))

@@ -25,8 +25,9 @@ class FileStamp:
     mtime_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> FileStamp:
-        stat = path.stat()
+    def of(cls, path: Path, opened: BinaryIO | None = None) -> FileStamp:
+        """The file that is at `path`, or the one that was opened there."""
+        stat = path.stat() if opened is None else os.fstat(opened.fileno())
         return cls(path, stat.st_size, stat.st_mtime_ns)
 
 
@@ -36,8 +37,7 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            self.stamp = FileStamp(path, stat.st_size, stat.st_mtime_ns)
+            self.stamp = FileStamp.of(path, file)
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.size = len(self.map)
 
@@ -63,8 +63,7 @@ class MappedFile:
             CheckpointError: Another file has taken its place.
         """
         file = self.path.open("rb", buffering=0)
-        stat = os.fstat(file.fileno())
-        if FileStamp(self.path, stat.st_size, stat.st_mtime_ns) != self.stamp:
+        if FileStamp.of(self.path, file) != self.stamp:
             file.close()
             raise self._replaced()
         return file

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from warmstart.cli.answers import UsageError
+from warmstart.cli.options import FIELDS
 from warmstart.errors import MappingError
 from warmstart.mapping.pretrained import Pretrained
 
@@ -24,7 +24,7 @@ SEVERAL: Final = "(several)"
 
 _KINDS: Final = {list: "a list", int: "a number", float: "a number", bool: "a truth value"}
 
-_FIELDS: Final = [field.name for field in fields(Pretrained)]
+_FIELDS: Final = ("source", *FIELDS)
 
 
 def config(path: str, options: Collection[str]) -> str:

@@ -35,7 +35,6 @@ class _Piece(NamedTuple):
     source: Tensor
     file: MappedFile
     copy: bool
-    read: _Read | None
 
 
 class _Read(NamedTuple):
@@ -137,8 +136,10 @@ class Mover:
             CheckpointError: The file was replaced, or has become shorter.
         """
         copy = copy and self._copy
-        read = self._read(file) if copy and not self._compare and hasattr(os, "preadv") else None
-        pieces = list(_pieces(name, tensor.detach(), value, file, copy, read))
+        if copy and not self._compare and hasattr(os, "preadv") and file not in self._reads:
+            opened = self._opened.enter_context(file.opened())
+            self._reads[file] = _Read(opened.fileno(), file.address)
+        pieces = list(_pieces(name, tensor.detach(), value, file, copy))
         self._left[name] = len(pieces)
         if self._compare:
             self.compared.add(name)
@@ -164,12 +165,6 @@ class Mover:
                 self._pool.shutdown(cancel_futures=True)
             self._opened.close()
 
-    def _read(self, file: MappedFile) -> _Read:
-        if file not in self._reads:
-            opened = self._opened.enter_context(file.opened())
-            self._reads[file] = _Read(opened.fileno(), file.address)
-        return self._reads[file]
-
     def _send(self) -> None:
         batch, self._batch, self._bytes = self._batch, [], 0
         if self._pool is None:
@@ -188,8 +183,8 @@ class Mover:
                     self.done.append(piece.name)
 
     def _move(self, piece: _Piece) -> None:
-        if piece.read is not None:
-            _fill(piece.to, piece.read.descriptor, piece.source.data_ptr() - piece.read.address)
+        if (read := self._reads.get(piece.file)) is not None:
+            _fill(piece.to, read.descriptor, piece.source.data_ptr() - read.address)
             return
         to, source = wide_words(piece.to, piece.source)
         for a, b in zip(torch.split(to, _CHUNK), torch.split(source, _CHUNK), strict=True):
@@ -219,12 +214,10 @@ def _fill(tensor: Tensor, descriptor: int, start: int) -> None:
         memory, start = memory[count:], start + count
 
 
-def _pieces(
-    name: str, tensor: Tensor, value: Tensor, file: MappedFile, copy: bool, read: _Read | None
-) -> Iterator[_Piece]:
+def _pieces(name: str, tensor: Tensor, value: Tensor, file: MappedFile, copy: bool) -> Iterator[_Piece]:
     step = _BATCH // tensor.element_size()
     for to, source in zip(torch.split(tensor.view(-1), step), torch.split(value.view(-1), step), strict=True):
-        yield _Piece(name, to, source, file, copy, read)
+        yield _Piece(name, to, source, file, copy)
 
 
 def is_plain(tensor: Tensor, value: Tensor) -> bool:

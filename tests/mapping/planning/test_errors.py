@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
+import named
 import pytest
 import torch
+from named import Shapes
 from torch import nn
 
 import warmstart
 from warmstart import MappingError, Pretrained, WarmStartError
-from warmstart.checkpoints.base import Checkpoint, TensorInfo
 from warmstart.errors import CheckpointError, FrozenChangedError, TimingError, VerificationError
 
-Shapes = Mapping[str, tuple[int, ...]]
 LINE = re.compile(r'\w+=\[(?:"(?:[^"\\]|\\.)*"(?:, )?)*\]')
 
 
-class Header(Checkpoint):
-    """Names, shapes and dtypes without tensors."""
-
-    def __init__(self, shapes: Shapes | Iterable[str], dtype: torch.dtype = torch.float32):
-        shapes = shapes if isinstance(shapes, Mapping) else dict.fromkeys(shapes, (2,))
-        super().__init__(location="bert.pt", format="none", infos={k: TensorInfo(s, dtype) for k, s in shapes.items()})
-
-    def _read(self, key, index):
-        raise AssertionError(f"{key} was read while planning")
+Header = functools.partial(named.Header, location="bert.pt")
 
 
 class Net(nn.Module):
     """A module tree with one parameter per name."""
 
-    def __init__(self, shapes: Shapes | Iterable[str], dtype: torch.dtype = torch.float32):
+    def __init__(self, names: Shapes | Iterable[str], dtype: torch.dtype = torch.float32):
         super().__init__()
-        for name, shape in (shapes if isinstance(shapes, Mapping) else dict.fromkeys(shapes, (2,))).items():
-            *path, leaf = name.split(".")
-            module: nn.Module = self
-            for segment in path:
-                if segment not in module._modules:
-                    module.add_module(segment, nn.Module())
-                module = module.get_submodule(segment)
-            module.register_parameter(leaf, nn.Parameter(torch.zeros(shape, dtype=dtype)))
+        named.grow(self, names, dtype)
 
 
 def lines_to_type(text: str) -> dict[str, Any]:

@@ -3,44 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 
 import pytest
 import torch
+from named import Header, net
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
 import warmstart
 from warmstart import MappingError, Pretrained
-from warmstart.checkpoints.base import Checkpoint, TensorInfo
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-class Header(Checkpoint):
-    """Names, shapes and dtypes without tensors: whoever reads one fails."""
-
-    def __init__(self, shapes: Shapes | Iterable[str], dtype: torch.dtype = torch.float32):
-        shapes = shapes if isinstance(shapes, Mapping) else dict.fromkeys(shapes, (2,))
-        super().__init__(location="header", format="none", infos={k: TensorInfo(s, dtype) for k, s in shapes.items()})
-
-    def _read(self, key, index):
-        raise AssertionError(f"{key} was read while planning")
-
-
-def net(shapes: Shapes | Iterable[str], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A module tree with one parameter per name."""
-    root = nn.Module()
-    for name, shape in (shapes if isinstance(shapes, Mapping) else dict.fromkeys(shapes, (2,))).items():
-        *path, leaf = name.split(".")
-        module = root
-        for segment in path:
-            if segment not in module._modules:
-                module.add_module(segment, nn.Module())
-            module = module._modules[segment]
-        module.register_parameter(leaf, nn.Parameter(torch.zeros(shape, dtype=dtype)))
-    return root
 
 
 def planned(entries, keys, **fields):
