@@ -97,7 +97,9 @@ def test_in_the_yaml_of_the_lightning_cli(ruled, tmp_path):
     lines = "".join(f"        {line}\n" for line in nested(text).splitlines())
     quiet = "  logger: false\n  enable_checkpointing: false\n  enable_progress_bar: false\n  max_steps: 1\n"
     callback = f"  callbacks:\n    - class_path: warmstart_lightning.WarmStart\n      init_args:\n{lines}"
-    (tmp_path / "config.yaml").write_text(f"trainer:\n  accelerator: cpu\n{quiet}{callback}")
+    (tmp_path / "config.yaml").write_text(
+        f"trainer:\n  accelerator: cpu\n  default_root_dir: {tmp_path}\n{quiet}{callback}"
+    )
     arguments = ["fit", "--config", str(tmp_path / "config.yaml")]
     cli = LightningCLI(Stack, args=arguments, save_config_callback=None)
     assert cli.trainer.global_step == 1
