@@ -1,9 +1,9 @@
-"""What a `WarmStart` costs each step of training: in one fit, steps with it, with nothing, and with a callback that does nothing.
+"""What a `WarmStart` costs each step of training: in one fit, steps with it, without, and with a callback that does nothing.
 
-The trainer's list of callbacks is another one at every step, in an order drawn anew for each three steps, so that the model, its
-memory and the machine are the same for all. Seconds are of the processor, on one thread. A cost is the median of the
+The trainer's list of callbacks is another one at every step, in an order drawn anew for each three steps, so that the model,
+its memory and the machine are the same for all. Seconds are of the processor, on one thread. A cost is the median of the
 differences inside the threes; its error is half the width of the interval that holds the true median with 95 % (of the order
-statistics). That nothing but hooks of the callback could cost anything is looked at as well: no module or tensor has a hook left.
+statistics). That nothing but hooks of the callback can cost anything is looked at too: no module or tensor has a hook left.
 """
 
 from __future__ import annotations
