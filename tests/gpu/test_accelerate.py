@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator, dispatch_model
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
 from torch import nn
 
 from warmstart import VerificationError
@@ -80,6 +81,10 @@ def test_fsdp2_over_nccl(monkeypatch, encoder_file, encoder_state, efficient, pr
     )
     accelerator, model = Accelerator(fsdp_plugin=plugin, mixed_precision=precision), Classifier()
     model.encoder.again = nn.Identity()
+    if efficient:
+        model.encoder.norm = nn.Identity()  # what accelerate sends from rank 0 must be DTensors, which buffers are not
+        encoder_state = {n: v for n, v in encoder_state.items() if not n.startswith("norm")}
+        save_file(encoder_state, encoder_file)
     report = warm_start(accelerator, model, encoder_file, into="encoder")
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
     kinds = {type(p).__name__ for p in model.parameters()}

@@ -17,7 +17,7 @@ from warmstart import VerificationError
 from warmstart.shards import gathered
 from warmstart_lightning import WarmStart
 
-from .conftest import Classifier, Encoder
+from .conftest import Classifier
 
 pytestmark = pytest.mark.usefixtures("ended_groups")
 
@@ -156,38 +156,3 @@ def test_a_compiled_module(tmp_path, encoder_file, encoder_state):
     trainer(tmp_path, callback, look, precision="bf16-mixed").fit(module, data())
     assert_holds(look.start, encoder_state)
     assert_holds(look.end, encoder_state)
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_lightnings_own_deepspeed_strategy(tmp_path, encoder_file, encoder_state, stage, precision):
-    deepspeed = pytest.importorskip("deepspeed", exc_type=Exception)
-    from lightning.pytorch.strategies import DeepSpeedStrategy
-
-    class Stage(Module):
-        def configure_optimizers(self):
-            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
-
-    class Whole(Callback):
-        def on_train_start(self, trainer, pl_module):
-            self.start = {}
-            for name, p in pl_module.net.encoder.named_parameters():
-                with deepspeed.zero.GatheredParameters([p]):
-                    self.start[name] = p.detach().cpu().clone()
-
-        def on_train_end(self, trainer, pl_module):
-            self.end = {}
-            for name, p in pl_module.net.encoder.named_parameters():
-                with deepspeed.zero.GatheredParameters([p]):
-                    self.end[name] = p.detach().cpu().clone()
-
-    look, callback = Whole(), warm(encoder_file, freeze="net.encoder.words")
-    strategy = DeepSpeedStrategy(stage=stage)
-    trainer(tmp_path, callback, look, strategy=strategy, precision=precision).fit(Stage(), data())
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
-    parameters = {n: encoder_state[n] for n in look.start}
-    assert set(parameters) == {n for n, _ in Encoder().named_parameters()}
-    for name, value in parameters.items():
-        assert torch.equal(look.start[name].to(dtype), value.to(dtype)), name
-    assert torch.equal(look.end["words.weight"], look.start["words.weight"])
-    assert not torch.equal(look.end["up.weight"], look.start["up.weight"])
