@@ -49,7 +49,7 @@ class Holding:
             self.take(freeze_entries(model, before.frozen, targets, self._held, trained=trained, rows=rows))
 
     def take_up(
-        self, model: nn.Module, names: tuple[str, ...], trained: frozenset[str], rows: dict[str, Tensor]
+        self, model: nn.Module, names: tuple[str, ...], trained: frozenset[str] | None, rows: dict[str, Tensor]
     ) -> None:
         """Freeze anew what was frozen in a model before."""
         if names or rows:

@@ -19,11 +19,12 @@ from warmstart.freezing import Frozen, Held, entries_matching, freeze_entries
 from warmstart.lifecycle.auditing import audit, refuse_beside_copies, refuse_late_freeze
 from warmstart.lifecycle.holding import Holding, OnFreezeChange
 from warmstart.lifecycle.overlap import refuse_overlap
-from warmstart.lifecycle.past import Past, known, remember
+from warmstart.lifecycle.past import Past, begin, known, remember
 from warmstart.lifecycle.restoring import RestoreWatch
 from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
 from warmstart.loading.agreement import all_here, raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
+from warmstart.mapping.declared import plain
 from warmstart.mapping.grouping import listed
 from warmstart.mapping.model.names import strip
 from warmstart.mapping.model.targets import Targets
@@ -104,16 +105,32 @@ class Lifecycle:
         self._reset()
 
     def _identity(self) -> Hashable:
-        """What makes two warm starts the same one: their sources and rules."""
+        """What makes two warm starts write the same: their sources and rules, without what is frozen afterwards."""
         sources = [os.fspath(p.source) if isinstance(p.source, str | os.PathLike) else id(p.source) for p in self.parts]
-        return tuple((source, repr(sorted(p.rules().items()))) for source, p in zip(sources, self.parts, strict=True))
+        rules = [{k: v for k, v in p.rules().items() if k != "freeze"} for p in self.parts]
+        return tuple((source, repr(sorted(rule.items()))) for source, rule in zip(sources, rules, strict=True))
+
+    @property
+    def _rule(self) -> Hashable:
+        """What is to be frozen, as it was said."""
+        return repr([plain(part.freeze) for part in self.parts])
 
     def same_as(self, other: Lifecycle) -> bool:
-        """Whether both load the same sources by the same rules."""
-        return self._identity() == other._identity()
+        """Whether both load the same sources by the same rules, and freeze the same."""
+        return self._identity() == other._identity() and self._rule == other._rule
 
     def _known(self, model: nn.Module) -> Past | None:
+        """What this model was loaded with, by this warm start or by another that writes the same."""
         return known(model, self._identity())
+
+    def _goes_on(self, model: nn.Module, past: Past) -> bool:
+        """Whether a model that was loaded is to be left as it is: it has trained since, or `start` will compare its values."""
+        own = self.report is not None and self.report.plan.model is model and self.report.status != "failed"
+        return own or past.begun
+
+    def _begin(self, model: nn.Module) -> None:
+        self._trained = True
+        begin(model, self._identity())
 
     @property
     def frozen(self) -> Frozen | None:
@@ -141,12 +158,12 @@ class Lifecycle:
         """
         with raised_on_all("set up"):
             past = self._known(model)
-            if past is not None:
-                self._take_up(model, past)
+            if past is not None and self._goes_on(model, past):
+                self._take_up(model, past, beside, ())
             else:
-                self._announce(model, beside)
+                self._announce(model, beside, past)
 
-    def _announce(self, model: nn.Module, beside: Sequence[Lifecycle]) -> None:
+    def _announce(self, model: nn.Module, beside: Sequence[Lifecycle], past: Past | None) -> None:
         self._reset()
         plan = self._plan_if_there(model)
         if plan is None:
@@ -161,6 +178,8 @@ class Lifecycle:
             for other in beside:
                 other._rehearse(model)
             targets, names = plan.targets, set(plan.freeze) - self.schedule.later(plan)
+        if past is not None:
+            past.thaw(model)
         frozen = [t for name in names if (t := targets.entries[name]).kind == "parameter" and t.tensor.requires_grad]
         for target in frozen:
             target.tensor.requires_grad_(False)
@@ -203,8 +222,8 @@ class Lifecycle:
         manifest: Mapping[str, Any],
     ) -> None:
         past = self._known(model)
-        if past is not None:
-            self._take_up(model, past)
+        if past is not None and self._goes_on(model, past):
+            self._take_up(model, past, beside, optimizers)
             if self.report is not None:
                 refuse_overlap(self.report.plan, [other.report for other in beside])
             return
@@ -223,9 +242,11 @@ class Lifecycle:
                 other._rehearse(model)
             refuse_overlap(plan, [other.report for other in beside])
             refuse_late_freeze(plan, set(plan.freeze) - self.schedule.later(plan), optimizers, self.late_freeze)
+            if past is not None:  # of a try that never came to train
+                past.thaw(model)
             self.report = api.apply(plan, verify=self.verify, held=self.held, read=self.read, shared=True)
             self._freeze.take(self.report.frozen)
-            remember(model, self._identity(), self.report)
+            remember(model, self._identity(), Past.of(self.report, self._rule))
         if self.frozen is not None:
             self.frozen.trained |= self._early
         self._model = weakref.ref(model)
@@ -253,19 +274,43 @@ class Lifecycle:
             self._hook.remove()
             self._hook = None
 
-    def _take_up(self, model: nn.Module, past: Past) -> None:
+    def _take_up(
+        self, model: nn.Module, past: Past, beside: Sequence[Lifecycle], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
         """Go on with a model that was loaded before."""
-        if self.report is not None and self.report.plan.model is model:
+        if self.report is not None and self.report.plan.model is model and past.rule == self._rule:
             if self._trained:
                 self.report.status = "already-applied"
                 self._freeze.stage()
             return
         self._reset()
+        if past.rule == self._rule:
+            self._freeze.take_up(model, past.frozen, past.trained, past.rows)
+        else:
+            self._freeze_anew(model, past, beside, optimizers)
         self._model, self._past, self._trained = weakref.ref(model), past, True
-        self._freeze.take_up(model, past.frozen, past.trained, past.rows)
+
+    def _freeze_anew(
+        self, model: nn.Module, past: Past, beside: Sequence[Lifecycle], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
+        """Go on with a model that has trained under another freeze, and freeze what this one is told to."""
+        names: tuple[str, ...] = ()
+        if (plan := self._plan_if_there(model)) is not None:
+            plan.raise_errors()
+            refuse_overlap(plan, [other.report for other in beside])
+            names = plan.freeze
+            refuse_late_freeze(plan, set(names) - self.schedule.later(plan), optimizers, self.late_freeze)
+        elif any(part.freeze for part in self.parts):
+            assert self._gone is not None
+            raise self._gone
+        self._gone = None
+        past.thaw(model)
+        self._freeze.take_up(model, names, None, past.rows)
+        remember(model, self._identity(), past.frozen_as(self.frozen, self._rule))
 
     def _rehearse(self, model: nn.Module) -> None:
-        if self._known(model) is None and (plan := self._plan_if_there(model)) is not None:
+        past = self._known(model)
+        if (past is None or not self._goes_on(model, past)) and (plan := self._plan_if_there(model)) is not None:
             plan.raise_errors()
 
     def _frozen_names(self, model: nn.Module) -> list[str]:
@@ -372,7 +417,8 @@ class Lifecycle:
         with raised_on_all("freeze"):  # on its own: it gathers shards, for which each rank is needed
             self._freeze.start(resumed=resumed, progress=progress, bears_unused=bears_unused)
         first = not self._trained
-        self._trained = self._trained or at_first_batch
+        if first and at_first_batch:
+            self._begin(model)
         return first
 
     def _start(
@@ -488,7 +534,7 @@ class Lifecycle:
                     self.report.status = "failed"
                     raise_differences(wrong, "before the first training batch")
             self._freeze.check(sampled=True)
-        self._trained = True
+        self._begin(model)
 
     def guard(self, *, full: bool) -> None:
         """Compare the frozen tensors with their digests, sampled or, at the end of training, in full.
