@@ -120,6 +120,7 @@ class WarmStart(Callback):
         self._moment: Moment = "set up"
         self._once: Once | None = None
         self._checked = False
+        self._restored = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a run: what is about to be done, and the module's `log` that Lightning puts on callbacks."""
@@ -141,7 +142,7 @@ class WarmStart(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._checked = False
+        self._checked = self._restored = False
         self._wake()
         if stage not in self._stages:
             return
@@ -182,6 +183,9 @@ class WarmStart(Callback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if _of_a_tuner(trainer.ckpt_path):
+            return
+        self._restored = True
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is not None and trainer.state.fn == "fit":
             self._life.resume(pl_module, state)
@@ -191,10 +195,6 @@ class WarmStart(Callback):
                     optimizer.state.clear()
                 assert trainer.ckpt_path is not None
                 trainer.strategy.load_checkpoint(trainer.ckpt_path)
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._life.restored = dict(state_dict)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class WarmStart(Callback):
         # The optimizer exists by now: what was to be frozen and is not yet never will be.
         gone = self._life.waiting
         restored = not trainer.strategy.restore_checkpoint_after_setup
-        if gone is not None and restored and (not _resumed(trainer) or not self._life.knows_what_to_freeze):
+        if gone is not None and restored and (not self._resumed(trainer) or not self._life.knows_what_to_freeze):
             raise gone
         _expect_eval_mode(self._life.frozen, pl_module)
         self._life.enforce()
@@ -229,12 +229,12 @@ class WarmStart(Callback):
         if self._checked:
             return
         self._checked = True
-        if self._moment == "on_fit_start" and _resumed(trainer) and pl_module.strict_loading:
+        if self._moment == "on_fit_start" and self._resumed(trainer) and pl_module.strict_loading:
             # A checkpoint of one file is read into the shards module by module, with an error for what it lacks.
             self._life.restored_whole(pl_module)
         first = self._life.start(
             pl_module,
-            resumed=_resumed(trainer),
+            resumed=self._resumed(trainer),
             optimizers=own_optimizers(trainer),
             progress=self._progress(trainer),
             bears_unused=getattr(trainer.strategy.model, "find_unused_parameters", True),
@@ -250,6 +250,11 @@ class WarmStart(Callback):
             self._tell(trainer, self.report, folder)
         elif first:
             rank_zero_info("warmstart: the source is gone; the resumed checkpoint has the weights")
+
+    def _resumed(self, trainer: Trainer) -> bool:
+        """Whether this fit restored a checkpoint; a tuner that ran since has put a path of its own in the place of that one's."""
+        path = trainer.ckpt_path
+        return self._restored if _of_a_tuner(path) else path is not None
 
     def _progress(self, trainer: Trainer) -> int:
         return trainer.global_step if self._life.unfreeze_unit == "step" else trainer.current_epoch
@@ -281,7 +286,7 @@ class WarmStart(Callback):
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stage = trainer.state.fn
         if stage is not None and stage != "fit" and stage.value in self._stages:
-            self._life.look(pl_module, resumed=_resumed(trainer))
+            self._life.look(pl_module, resumed=self._resumed(trainer))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -350,7 +355,6 @@ def _leaves_no_trace(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False)) or trainer.barebones
 
 
-def _resumed(trainer: Trainer) -> bool:
-    """Whether this fit restored a checkpoint; the tuner's own temporary ones are none."""
-    path = trainer.ckpt_path
-    return path is not None and not Path(str(path)).name.startswith((".lr_find_", ".scale_batch_size_"))
+def _of_a_tuner(path: object) -> bool:
+    """Whether this is a tuner's own temporary checkpoint, with which it takes a trial run back."""
+    return path is not None and Path(str(path)).name.startswith((".lr_find_", ".scale_batch_size_"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -47,8 +47,10 @@ def refuse_beside_copies(plan: Plan | None, *, releases: bool) -> None:
         )
 
 
-def audit(plan: Plan, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
-    """No optimizer may hold a loaded parameter that the model replaced, or none of what the model trains.
+def audit(
+    plan: Plan, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None, later: Collection[str] = ()
+) -> None:
+    """No optimizer may hold a loaded parameter that the model replaced, or none of what the model trains, now or `later`.
 
     Raises:
         TimingError: One does.
@@ -60,6 +62,7 @@ def audit(plan: Plan, model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
         id(t.tensor): a.target for a in plan.assignments if (t := plan.targets.entries[a.target]).kind == "parameter"
     }
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    released = {id(plan.targets.entries[name].tensor) for name in later}
     for optimizer in optimizers:
         held = _held(optimizer)
         orphans = sorted(loaded[i] for i in held if i in loaded and i not in live)
@@ -69,7 +72,7 @@ def audit(plan: Plan, model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
                 f"and the model would not\n{listed((name, '') for name in orphans)}\n"
                 "  -> replace parameters before configure_optimizers, or write to them in place"
             )
-        if held and trainable and not held & trainable:
+        if held and trainable and not held & (trainable | released):
             raise TimingError(
                 f"{type(optimizer).__name__} holds none of the model's {len(trainable)} trainable parameters; build it from "
                 "the model that trains: torch.optim.AdamW(p for p in self.parameters() if p.requires_grad)"

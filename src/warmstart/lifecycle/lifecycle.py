@@ -448,7 +448,7 @@ class Lifecycle:
                 self._compare(self.report, model, resumed, buffers)
             else:
                 raise_differences(structure(self.report.plan, model), "when training starts again")
-            audit(self.report.plan, model, optimizers)
+            audit(self.report.plan, model, optimizers, self._freeze.later)
             self.report.plan.targets.follow(model)
 
     def look(self, model: nn.Module, *, resumed: bool) -> None:
