@@ -142,6 +142,11 @@ class WarmStart(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"this Trainer is of {type(trainer).__module__.partition('.')[0]}, and WarmStart is a callback of "
+                "lightning.pytorch; write: from lightning.pytorch import Trainer, LightningModule"
+            )
         self._checked = self._restored = False
         self._wake()
         if stage not in self._stages:
@@ -245,7 +250,8 @@ class WarmStart(Callback):
             return
         if first:
             self._life.measure_drift(pl_module)
-        folder = None if _leaves_no_trace(trainer) else trainer.log_dir  # broadcasts: all ranks ask
+        # `log_dir` broadcasts: all ranks ask. Of a logger without a folder of its own there is none.
+        folder = None if _leaves_no_trace(trainer) else trainer.log_dir or trainer.default_root_dir
         if first and self.report is not None:
             self._tell(trainer, self.report, folder)
         elif first:

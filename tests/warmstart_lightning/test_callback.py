@@ -750,3 +750,28 @@ def test_a_method_that_the_user_set_on_the_instance_is_there_afterwards(tmp_path
     trainer(tmp_path, WarmStart(source, into="encoder")).fit(module, data())
     assert calls
     assert module.__dict__["setup"] is own
+
+
+def test_a_module_pickles_while_one_of_its_methods_is_waited_for(tmp_path, source):
+    twins = []
+    pickled = lambda module: twins.append(pickle.loads(pickle.dumps(module)))
+    each = [Overwrite(hook, pickled) for hook in ("setup", "on_train_epoch_start")]
+    trainer(tmp_path, WarmStart(source, into="encoder"), *each, max_epochs=1).fit(Module("init"), data())
+    assert len(twins) == 2
+    trainer(tmp_path, WarmStart(source, into="encoder"), max_epochs=1).fit(twins[1], data())
+    assert equal(twins[1].seen["at_train_start"], weights(source))
+
+
+def test_the_other_package_s_trainer_is_refused_with_the_line_to_type(tmp_path, source):
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Other(other.LightningModule):
+        encoder = make_encoder()
+        training_step, configure_optimizers = Module.training_step, Module.configure_optimizers
+
+    run = other.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", callbacks=[WarmStart(source, into="encoder")], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match=r"this Trainer is of pytorch_lightning.*\n?.*from lightning\.pytorch import"):
+        run.fit(Other(), data())
