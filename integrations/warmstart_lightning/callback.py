@@ -209,6 +209,7 @@ class WarmStart(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._moment == "on_fit_start":
             self._apply(trainer, pl_module)
+        self._life.follow_converted(pl_module)  # sync_batchnorm=True
         # The optimizer exists by now: what was to be frozen and is not yet never will be.
         gone = self._life.waiting
         restored = not trainer.strategy.restore_checkpoint_after_setup
@@ -342,6 +343,7 @@ class WarmStart(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end_wrap()
+        self._life.follow_converted(pl_module)  # the strategy has put them back
 
 
 def _warm_starts(trainer: Trainer) -> list[WarmStart]:

@@ -112,6 +112,11 @@ class Frozen:
         return tuple(sorted(self._targets))
 
     @property
+    def targets(self) -> tuple[Target, ...]:
+        """The frozen entries themselves, and those of which some rows are."""
+        return (*self._targets.values(), *self._row_targets.values())
+
+    @property
     def held(self) -> tuple[str, ...]:
         """Paths of the highest modules that are held in eval mode."""
         return tuple(path for path, _ in self._held)
@@ -177,6 +182,17 @@ class Frozen:
             if tensor is not None and is_sharded(tensor) and not is_sharded(rows.tensor):
                 rows.follow(tensor, resumed=resumed)
                 self._row_targets[name] = dataclasses.replace(self._row_targets[name], tensor=rows.tensor)
+
+    def inherit(self, heirs: Mapping[int, nn.Module]) -> None:
+        """Hold the modules that a host has put in the place of others, by the others' ids."""
+
+        def moved(target: Target) -> Target:
+            return dataclasses.replace(target, owner=heirs.get(id(target.owner), target.owner))
+
+        self._targets = {name: moved(target) for name, target in self._targets.items()}
+        self._row_targets = {name: moved(target) for name, target in self._row_targets.items()}
+        self._deferred = [self._targets[target.name] for target in self._deferred]
+        self._hold()
 
     def rebase(self, *, all_values: bool) -> None:
         """Take the present values as the frozen ones: all (a resume put the run's own there), or where the dtype changed."""

@@ -775,3 +775,27 @@ def test_the_other_package_s_trainer_is_refused_with_the_line_to_type(tmp_path, 
     )  # fmt: skip
     with pytest.raises(TypeError, match=r"this Trainer is of pytorch_lightning.*\n?.*from lightning\.pytorch import"):
         run.fit(Other(), data())
+
+
+def test_what_the_optimizer_leaves_out_or_holds_in_vain_is_a_note(tmp_path, source):
+    class Chosen(Module):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.head.parameters() if self.only_head else self.parameters(), lr=0.1)
+
+    for only_head, freeze, note in (
+        (True, False, "6 parameters, such as encoder.0.weight: trainable, but in no group of an optimizer"),
+        (False, True, "6 parameters, such as encoder.0.weight: frozen, and in a group of an optimizer"),
+        (True, True, None),
+        (False, False, None),
+    ):
+        module, callback = Chosen(), WarmStart(source, into="encoder", freeze=freeze)
+        module.only_head = only_head
+        trainer(tmp_path, callback, max_epochs=1).fit(module, data())
+        found = [n for n in callback.report.notes if "optimizer" in n]
+        assert len(found) == (note is not None)
+        assert note is None or found[0].startswith(note)
+    staged = WarmStart(source, into="encoder", freeze=True, unfreeze={1: "encoder"})
+    module = Chosen()
+    module.only_head = False
+    trainer(tmp_path, staged, max_epochs=1).fit(module, data())
+    assert not any("optimizer" in n for n in staged.report.notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
@@ -17,9 +18,10 @@ from warmstart.drift import Drift
 from warmstart.errors import CheckpointError, MappingError, TimingError
 from warmstart.freezing import Frozen, Held, entries_matching, freeze_entries
 from warmstart.lifecycle.auditing import audit, refuse_beside_copies, refuse_late_freeze
+from warmstart.lifecycle.converted import heirs
 from warmstart.lifecycle.holding import Holding, OnFreezeChange
 from warmstart.lifecycle.overlap import refuse_overlap
-from warmstart.lifecycle.past import Past, begin, known, remember
+from warmstart.lifecycle.past import Past, begin, inherit, known, remember
 from warmstart.lifecycle.restoring import RestoreWatch
 from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
 from warmstart.loading.agreement import all_here, raised_on_all, raised_unless_alike
@@ -448,7 +450,8 @@ class Lifecycle:
                 self._compare(self.report, model, resumed, buffers)
             else:
                 raise_differences(structure(self.report.plan, model), "when training starts again")
-            audit(self.report.plan, model, optimizers, self._freeze.later)
+            notes = audit(self.report.plan, model, optimizers, self._freeze.later)
+            self.report.notes += [note for note in notes if note not in self.report.notes]
             self.report.plan.targets.follow(model)
 
     def look(self, model: nn.Module, *, resumed: bool) -> None:
@@ -459,6 +462,18 @@ class Lifecycle:
         """
         with raised_on_all("look before a stage"):
             self._start(model, resumed)
+
+    def follow_converted(self, model: nn.Module) -> None:
+        """Go on with modules that the host has put in the place of others, around the same parameters."""
+        entries = self.report.plan.targets.entries if self.report is not None and self.loaded(model) else {}
+        frozen = self.frozen.targets if self.frozen is not None and self.frozen.model is model else ()
+        if found := heirs(model, [*entries.values(), *frozen]):
+            inherit(model, self._identity(), found)
+            for name, target in entries.items():
+                if id(target.owner) in found:
+                    entries[name] = dataclasses.replace(target, owner=found[id(target.owner)])
+            if self.frozen is not None:
+                self.frozen.inherit(found)
 
     def enforce(self) -> None:
         """Freeze what the schedule releases later; the optimizer and the wrapper are there by now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,11 @@ class Past:
         rows = {name: held.mask for name, held in frozen.rows.items()}
         return cls(owners, len(owners), rule, frozen.declared, frozen.trained, rows, report.lineage)
 
+    def inherited(self, heirs: Mapping[int, nn.Module]) -> Past:
+        """The same, with other modules in the place of some."""
+        owners = weakref.WeakSet(heirs.get(id(owner), owner) for owner in self.owners)
+        return dataclasses.replace(self, owners=owners)
+
     def thaw(self, model: nn.Module) -> None:
         """Undo its freeze, so that another can take its place; that of rows takes the place of another by itself."""
         targets = Targets.of(model)
@@ -56,6 +61,12 @@ _LOADED: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Past]] = weakref.We
 
 def remember(model: nn.Module, identity: Hashable, past: Past) -> None:
     _LOADED.setdefault(model, {})[identity] = past
+
+
+def inherit(model: nn.Module, identity: Hashable, heirs: Mapping[int, nn.Module]) -> None:
+    """A host has put other modules in the place of some that were loaded."""
+    if (past := _LOADED.get(model, {}).get(identity)) is not None:
+        remember(model, identity, past.inherited(heirs))
 
 
 def begin(model: nn.Module, identity: Hashable) -> None:
