@@ -15,7 +15,7 @@ from typing_extensions import Unpack, override
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.strategies import DeepSpeedStrategy
-    from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
     from lightning.pytorch.utilities.model_helpers import is_overridden
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -45,11 +45,11 @@ class WarmStart(Callback):
     """Load pretrained weights when `fit` sets the model up, freeze them, verify them, and report them.
 
     Loading happens after the module's layers exist, wherever they are made (`__init__`, `setup` or `configure_model`),
-    and before `configure_optimizers`; once for each model object (a second fit goes on from its trained weights, and
-    layers that `setup` made anew are loaded anew); for validate, test or predict alone only where `stages` asks. A
-    resumed run (`ckpt_path=`) keeps its own weights. When training starts every value is compared with the source; at each
-    epoch's end and at the end of training the frozen tensors are compared with what they were, and how far the loaded
-    layers that train have moved is logged.
+    and before `configure_optimizers`; once for each model object (a second fit goes on from its trained weights, under the
+    freeze that it is given, and layers that `setup` made anew are loaded anew); for validate, test or predict alone only
+    where `stages` asks. A resumed run (`ckpt_path=`) keeps its own weights. When training starts every value is compared
+    with the source; at each epoch's end and at the end of training the frozen tensors are compared with what they were, and
+    how far the loaded layers that train have moved is logged.
 
     Args:
         pretrained: A path, a state dict, a module, a `Pretrained`, or a list of them.
@@ -176,6 +176,11 @@ class WarmStart(Callback):
                 self._life.announce(pl_module, self._others(trainer))
         else:
             self._apply(trainer, pl_module)
+        if trainer.state.fn == "fit" and not any(p.requires_grad for p in pl_module.parameters()):
+            # What comes next is torch's "optimizer got an empty parameter list".
+            rank_zero_warn(
+                f"warmstart: no parameter of {type(pl_module).__name__} trains; freeze less, or unfreeze= some later"
+            )
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # configure_model runs under the strategy's device and default dtype; what we make is ours.
@@ -259,7 +264,7 @@ class WarmStart(Callback):
             rank_zero_info("warmstart: the source is gone; the resumed checkpoint has the weights")
 
     def _resumed(self, trainer: Trainer) -> bool:
-        """Whether this fit restored a checkpoint; a tuner that ran since has put a path of its own in the place of that one's."""
+        """Whether this fit restored a checkpoint, whose path a tuner that ran since has replaced by one of its own."""
         path = trainer.ckpt_path
         return self._restored if _of_a_tuner(path) else path is not None
 

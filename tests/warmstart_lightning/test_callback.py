@@ -799,3 +799,13 @@ def test_what_the_optimizer_leaves_out_or_holds_in_vain_is_a_note(tmp_path, sour
     module.only_head = False
     trainer(tmp_path, staged, max_epochs=1).fit(module, data())
     assert not any("optimizer" in n for n in staged.report.notes)
+
+
+def test_a_freeze_of_everything_is_told_before_torch_s_own_error(tmp_path, source):
+    whole = {name: torch.zeros_like(value) for name, value in InitOnly().state_dict().items()}
+    run = trainer(tmp_path, WarmStart(whole, freeze=True))
+    with (
+        pytest.warns(UserWarning, match="no parameter of InitOnly trains"),
+        pytest.raises(ValueError, match="empty parameter"),
+    ):
+        run.fit(InitOnly().setup_seen(), data())

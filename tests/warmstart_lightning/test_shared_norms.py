@@ -23,7 +23,11 @@ class Sharing(TorchSyncBatchNorm):
     def apply(self, model):
         for path, norm in [(p, m) for p, m in model.named_modules() if isinstance(m, nn.BatchNorm1d)]:
             shared = Shared(norm.num_features)
-            shared._parameters, shared._buffers, shared.training = dict(norm._parameters), dict(norm._buffers), norm.training
+            shared._parameters, shared._buffers, shared.training = (
+                dict(norm._parameters),
+                dict(norm._buffers),
+                norm.training,
+            )
             model.set_submodule(path, shared)
         return model
 

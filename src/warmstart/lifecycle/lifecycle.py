@@ -22,7 +22,7 @@ from warmstart.lifecycle.converted import heirs
 from warmstart.lifecycle.holding import Holding, OnFreezeChange
 from warmstart.lifecycle.overlap import refuse_overlap
 from warmstart.lifecycle.past import Past, begin, inherit, known, remember
-from warmstart.lifecycle.restoring import RestoreWatch
+from warmstart.lifecycle.restoring import Restored, RestoreWatch
 from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
 from warmstart.loading.agreement import all_here, raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
@@ -92,6 +92,7 @@ class Lifecycle:
         self._past: Past | None = None
         self._gone: CheckpointError | None = None
         self._watch = RestoreWatch(None)
+        self._resumed: Restored | None = None
         self._hook: RemovableHandle | None = None
         self._trained = False
         self._drift: Drift | None = None
@@ -268,8 +269,18 @@ class Lifecycle:
     def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
         """Notice, until training starts, what a load of the whole model's state dict matches; `apply` does this too."""
         self._unwatch()
-        self._watch = RestoreWatch(self._freeze.change_since(manifest))
+        self._watch = RestoreWatch(self._freeze.change_since(manifest), self._to_load(model))
         self._hook = model.register_load_state_dict_post_hook(self._watch)  # type: ignore[no-untyped-call]
+
+    def _to_load(self, model: nn.Module) -> frozenset[str]:
+        """The parameters that this warm start loads, as far as it is known."""
+        if self.verify == "off":
+            return frozenset()
+        if self.report is not None:
+            entries = self.report.plan.targets.entries
+            return frozenset(a.target for a in self.report.plan.assignments if entries[a.target].kind == "parameter")
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if self._gone is not None else []
+        return frozenset(name for name in names if any(strip(name, part.into) is not None for part in self.parts))
 
     def _unwatch(self) -> None:
         if self._hook is not None:
@@ -431,6 +442,7 @@ class Lifecycle:
         buffers: bool = True,
     ) -> None:
         self._unwatch()
+        self._resumed = None
         failed = self.report is not None and self.report.status == "failed"
         if not self.loaded(model) or failed:
             raise TimingError(
@@ -517,6 +529,7 @@ class Lifecycle:
                 f"{self._gone}\nA resumed run can do without it only if it is known what to freeze: name it, "
                 'freeze=["encoder"], or resume from a checkpoint that holds this callback\'s state'
             )
+        self._take_as_resumed(model)
 
     def _compare(self, report: Report, model: nn.Module, resumed: bool, buffers: bool) -> None:
         if self.verify == "off":
@@ -530,10 +543,20 @@ class Lifecycle:
             report.status = "superseded-by-resume"  # whatever the file was, the run has its own weights
             return
         if wrong and resumed:
+            report.status = "failed"
+            self._take_as_resumed(model)
             report.status = "superseded-by-resume"
         elif wrong:
             report.status = "failed"
             raise_differences(wrong, "when training starts")
+
+    def _take_as_resumed(self, model: nn.Module) -> None:
+        """Nothing may write to what the resumed checkpoint has given, from then on to the first batch."""
+        if self.steps_on_copies:  # which the engine restores on its own, and writes back
+            return
+        if self._watch.restored is not None:
+            self._watch.restored.refuse_other(model, "when training starts")
+        self._resumed = Restored(model, self._watch.names)
 
     def check_first_batch(self, model: nn.Module) -> None:
         """Once more before the first training batch, so that no hook in between goes unseen: parameters and the frozen.
@@ -548,6 +571,8 @@ class Lifecycle:
                 if wrong:
                     self.report.status = "failed"
                     raise_differences(wrong, "before the first training batch")
+            elif self._resumed is not None:
+                self._resumed.refuse_other(model, "before the first training batch")
             self._freeze.check(sampled=True)
         self._begin(model)
 
