@@ -249,9 +249,10 @@ class Lifecycle:
                 past.thaw(model)
             self.report = api.apply(plan, verify=self.verify, held=self.held, read=self.read, shared=True)
             self._freeze.take(self.report.frozen)
-            remember(model, self._identity(), Past.of(self.report, self._rule))
         if self.frozen is not None:
             self.frozen.trained |= self._early
+        if self.report is not None:
+            remember(model, self._identity(), Past.of(self.report, self._rule))
         self._model = weakref.ref(model)
 
     def _plan_if_there(self, model: nn.Module) -> Plan[Report] | None:
