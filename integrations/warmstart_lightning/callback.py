@@ -262,6 +262,8 @@ class WarmStart(Callback):
             self._tell(trainer, self.report, folder)
         elif first:
             rank_zero_info("warmstart: the source is gone; the resumed checkpoint has the weights")
+        elif self.report is None:
+            rank_zero_info("warmstart: an earlier run has loaded this model; it goes on from what it was trained to")
 
     def _resumed(self, trainer: Trainer) -> bool:
         """Whether this fit restored a checkpoint, whose path a tuner that ran since has replaced by one of its own."""

@@ -100,12 +100,14 @@ def test_a_try_that_never_came_to_train_does_not_count(source):
     assert equal(module.started, torch.load(source, weights_only=True))
 
 
-def test_what_a_first_run_froze_trains_in_a_second_that_freezes_nothing(source):
+def test_what_a_first_run_froze_trains_in_a_second_that_freezes_nothing(source, caplog):
     module = Module()
     fit(module, WarmStart(source, into="backbone", freeze=True))
     assert not module.backbone.training
     source.unlink()  # there is nothing to take from it any more
+    caplog.clear()
     fit(module, WarmStart(source, into="backbone"))
+    assert "an earlier run has loaded this model; it goes on from what it was trained to" in caplog.text
     assert module.backbone.training
     assert module.backbone[1].training
     assert not torch.equal(module.backbone[0].weight, module.started["0.weight"])

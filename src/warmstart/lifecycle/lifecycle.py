@@ -555,8 +555,9 @@ class Lifecycle:
         """Nothing may write to what the resumed checkpoint has given, from then on to the first batch."""
         if self.steps_on_copies:  # which the engine restores on its own, and writes back
             return
-        if self._watch.restored is not None:
-            self._watch.restored.refuse_other(model, "when training starts")
+        restored, self._watch.restored = self._watch.restored, None  # what trains on from here may start again
+        if restored is not None:
+            restored.refuse_other(model, "when training starts")
         self._resumed = Restored(model, self._watch.names)
 
     def check_first_batch(self, model: nn.Module) -> None:
