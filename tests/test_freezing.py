@@ -7,7 +7,10 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import warmstart
 from warmstart import FrozenChangedError, MappingError
@@ -262,3 +265,32 @@ def test_field_note_11_statistics_that_run_on_because_modes_are_left_alone_are_t
     with pytest.raises(FrozenChangedError, match="something wrote to them") as caught:
         held.check()
     assert "held=" not in str(caught.value)
+
+
+def test_what_fsdp2_keeps_gathered_trains_when_it_is_released_and_rests_when_it_is_frozen(tmp_path):
+    """Each a root of its own, what has no backward is never let go of again."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model, mesh = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), init_device_mesh("cpu", (1,))
+        for layer in (model[0], model[2]):
+            fully_shard(layer, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        frozen = warmstart.freeze(model, "0")
+        first = optimizer.param_groups[0]["params"][0]
+
+        def moves() -> bool:
+            before = first.full_tensor().clone()
+            optimizer.zero_grad()
+            model(torch.randn(3, 4)).square().sum().backward()
+            optimizer.step()
+            return not torch.equal(first.full_tensor(), before)
+
+        assert not moves()
+        frozen.release("0")
+        assert moves()
+        with torch.no_grad():
+            model(torch.randn(3, 4))  # as in a validation
+        warmstart.freeze(model, "0")
+        assert not moves()
+    finally:
+        dist.destroy_process_group()

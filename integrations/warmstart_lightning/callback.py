@@ -15,7 +15,7 @@ from typing_extensions import Unpack, override
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.strategies import DeepSpeedStrategy
-    from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+    from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
     from lightning.pytorch.utilities.model_helpers import is_overridden
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -45,11 +45,11 @@ class WarmStart(Callback):
     """Load pretrained weights when `fit` sets the model up, freeze them, verify them, and report them.
 
     Loading happens after the module's layers exist, wherever they are made (`__init__`, `setup` or `configure_model`),
-    and before `configure_optimizers`; once for each model object (a second fit goes on from its trained weights, and
-    layers that `setup` made anew are loaded anew); for validate, test or predict alone only where `stages` asks. A
-    resumed run (`ckpt_path=`) keeps its own weights. When training starts every value is compared with the source; at each
-    epoch's end and at the end of training the frozen tensors are compared with what they were, and how far the loaded
-    layers that train have moved is logged.
+    and before `configure_optimizers`; once for each model object (a second fit goes on from its trained weights, under the
+    freeze that it is given, and layers that `setup` made anew are loaded anew); for validate, test or predict alone only
+    where `stages` asks. A resumed run (`ckpt_path=`) keeps its own weights. When training starts every value is compared
+    with the source; at each epoch's end and at the end of training the frozen tensors are compared with what they were, and
+    how far the loaded layers that train have moved is logged.
 
     Args:
         pretrained: A path, a state dict, a module, a `Pretrained`, or a list of them.
@@ -120,6 +120,7 @@ class WarmStart(Callback):
         self._moment: Moment = "set up"
         self._once: Once | None = None
         self._checked = False
+        self._restored = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to a run: what is about to be done, and the module's `log` that Lightning puts on callbacks."""
@@ -141,7 +142,12 @@ class WarmStart(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._checked = False
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"this Trainer is of {type(trainer).__module__.partition('.')[0]}, and WarmStart is a callback of "
+                "lightning.pytorch; write: from lightning.pytorch import Trainer, LightningModule"
+            )
+        self._checked = self._restored = False
         self._wake()
         if stage not in self._stages:
             return
@@ -170,6 +176,11 @@ class WarmStart(Callback):
                 self._life.announce(pl_module, self._others(trainer))
         else:
             self._apply(trainer, pl_module)
+        if trainer.state.fn == "fit" and not any(p.requires_grad for p in pl_module.parameters()):
+            # What comes next is torch's "optimizer got an empty parameter list".
+            rank_zero_warn(
+                f"warmstart: no parameter of {type(pl_module).__name__} trains; freeze less, or unfreeze= some later"
+            )
 
     def _apply(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # configure_model runs under the strategy's device and default dtype; what we make is ours.
@@ -182,6 +193,9 @@ class WarmStart(Callback):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if _of_a_tuner(trainer.ckpt_path):
+            return
+        self._restored = True
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is not None and trainer.state.fn == "fit":
             self._life.resume(pl_module, state)
@@ -193,10 +207,6 @@ class WarmStart(Callback):
                 trainer.strategy.load_checkpoint(trainer.ckpt_path)
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._life.restored = dict(state_dict)
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         return self._life.state()
 
@@ -204,10 +214,11 @@ class WarmStart(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._moment == "on_fit_start":
             self._apply(trainer, pl_module)
+        self._life.follow_converted(pl_module)  # sync_batchnorm=True
         # The optimizer exists by now: what was to be frozen and is not yet never will be.
         gone = self._life.waiting
         restored = not trainer.strategy.restore_checkpoint_after_setup
-        if gone is not None and restored and (not _resumed(trainer) or not self._life.knows_what_to_freeze):
+        if gone is not None and restored and (not self._resumed(trainer) or not self._life.knows_what_to_freeze):
             raise gone
         _expect_eval_mode(self._life.frozen, pl_module)
         self._life.enforce()
@@ -229,12 +240,12 @@ class WarmStart(Callback):
         if self._checked:
             return
         self._checked = True
-        if self._moment == "on_fit_start" and _resumed(trainer) and pl_module.strict_loading:
+        if self._moment == "on_fit_start" and self._resumed(trainer) and pl_module.strict_loading:
             # A checkpoint of one file is read into the shards module by module, with an error for what it lacks.
             self._life.restored_whole(pl_module)
         first = self._life.start(
             pl_module,
-            resumed=_resumed(trainer),
+            resumed=self._resumed(trainer),
             optimizers=own_optimizers(trainer),
             progress=self._progress(trainer),
             bears_unused=getattr(trainer.strategy.model, "find_unused_parameters", True),
@@ -245,11 +256,19 @@ class WarmStart(Callback):
             return
         if first:
             self._life.measure_drift(pl_module)
-        folder = None if _leaves_no_trace(trainer) else trainer.log_dir  # broadcasts: all ranks ask
+        # `log_dir` broadcasts: all ranks ask. Of a logger without a folder of its own there is none.
+        folder = None if _leaves_no_trace(trainer) else trainer.log_dir or trainer.default_root_dir
         if first and self.report is not None:
             self._tell(trainer, self.report, folder)
         elif first:
             rank_zero_info("warmstart: the source is gone; the resumed checkpoint has the weights")
+        elif self.report is None:
+            rank_zero_info("warmstart: an earlier run has loaded this model; it goes on from what it was trained to")
+
+    def _resumed(self, trainer: Trainer) -> bool:
+        """Whether this fit restored a checkpoint, whose path a tuner that ran since has replaced by one of its own."""
+        path = trainer.ckpt_path
+        return self._restored if _of_a_tuner(path) else path is not None
 
     def _progress(self, trainer: Trainer) -> int:
         return trainer.global_step if self._life.unfreeze_unit == "step" else trainer.current_epoch
@@ -281,7 +300,7 @@ class WarmStart(Callback):
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stage = trainer.state.fn
         if stage is not None and stage != "fit" and stage.value in self._stages:
-            self._life.look(pl_module, resumed=_resumed(trainer))
+            self._life.look(pl_module, resumed=self._resumed(trainer))
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -331,6 +350,7 @@ class WarmStart(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end_wrap()
+        self._life.follow_converted(pl_module)  # the strategy has put them back
 
 
 def _warm_starts(trainer: Trainer) -> list[WarmStart]:
@@ -350,7 +370,6 @@ def _leaves_no_trace(trainer: Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False)) or trainer.barebones
 
 
-def _resumed(trainer: Trainer) -> bool:
-    """Whether this fit restored a checkpoint; the tuner's own temporary ones are none."""
-    path = trainer.ckpt_path
-    return path is not None and not Path(str(path)).name.startswith((".lr_find_", ".scale_batch_size_"))
+def _of_a_tuner(path: object) -> bool:
+    """Whether this is a tuner's own temporary checkpoint, with which it takes a trial run back."""
+    return path is not None and Path(str(path)).name.startswith((".lr_find_", ".scale_batch_size_"))

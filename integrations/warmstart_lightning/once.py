@@ -14,7 +14,7 @@ class Once:
     """Stands in for a module's method for one call, and acts after it.
 
     Several can be stacked, and are removed in any order: one that is not on top is passed through until it is. A copy of the
-    module gets the method itself.
+    module, or its pickle, gets the method itself.
     """
 
     def __init__(self, name: str, module: nn.Module, act: Callable[[], None]) -> None:
@@ -36,6 +36,9 @@ class Once:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.original, memo)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_itself, (self.original,))
+
     def remove(self) -> None:
         self.active = False
         top = self.module.__dict__.get(self.name)
@@ -44,3 +47,7 @@ class Once:
             top = top.before
             if top is not None:
                 self.module.__dict__[self.name] = top
+
+
+def _itself(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import did_you_mean
 from warmstart.mapping.model.targets import Live, Target, Targets
 from warmstart.patterns import Patterns, PatternSet
-from warmstart.shards import gathered, is_sharded, local_of
+from warmstart.shards import gathered, is_sharded, local_of, reshard
 from warmstart.tensors import digest, sample
 
 Held = Literal["eval", "train"]
@@ -96,10 +96,7 @@ class Frozen:
         # Only what trained before will train again when it is released.
         training = frozenset(t.name for t in targets if t.kind == "parameter" and t.tensor.requires_grad)
         self.trained = training if trained is None else trained
-        for target in targets:
-            if target.kind == "parameter":
-                target.tensor.requires_grad_(False)
-                target.tensor.grad = None
+        self._let([target for target in targets if target.kind == "parameter"], train=False)
         self._deferred: list[Target] = []
         self._sealed: frozenset[str] = frozenset()
         self._held: list[tuple[str, list[nn.Module]]] = []
@@ -110,6 +107,11 @@ class Frozen:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._targets))
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The frozen entries themselves, and those of which some rows are."""
+        return (*self._targets.values(), *self._row_targets.values())
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -178,6 +180,17 @@ class Frozen:
                 rows.follow(tensor, resumed=resumed)
                 self._row_targets[name] = dataclasses.replace(self._row_targets[name], tensor=rows.tensor)
 
+    def inherit(self, heirs: Mapping[int, nn.Module]) -> None:
+        """Hold the modules that a host has put in the place of others, by the others' ids."""
+
+        def moved(target: Target) -> Target:
+            return dataclasses.replace(target, owner=heirs.get(id(target.owner), target.owner))
+
+        self._targets = {name: moved(target) for name, target in self._targets.items()}
+        self._row_targets = {name: moved(target) for name, target in self._row_targets.items()}
+        self._deferred = [self._targets[target.name] for target in self._deferred]
+        self._hold()
+
     def rebase(self, *, all_values: bool) -> None:
         """Take the present values as the frozen ones: all (a resume put the run's own there), or where the dtype changed."""
         live = Live(self.model)
@@ -206,15 +219,12 @@ class Frozen:
             hint = did_you_mean(unused[0].text, [*self._targets, *self.rows])
             raise MappingError(f"unfreeze={unused[0].text!r} matches nothing that is frozen{hint}")
         self._deferred = [t for name, t in self._targets.items() if name in self.trained.intersection(names)]
-        for target in self._deferred:
-            target.tensor.requires_grad_(True)
+        self._let(self._deferred, train=True)
         return tuple(names)
 
     def enforce(self) -> None:
         """Freeze what was deferred."""
-        for target in self._deferred:
-            target.tensor.requires_grad_(False)
-            target.tensor.grad = None
+        self._let(self._deferred, train=False)
         self._deferred = []
 
     def seal(self) -> None:
@@ -251,20 +261,26 @@ class Frozen:
             )
         for name in partly:
             self.rows.pop(name).release()
-        parameters = []
+        targets = [self._targets.pop(name) for name in released]
         for name in released:
-            target = self._targets.pop(name)
             self._fingerprints.pop(name)
-            if name in self.trained:
-                target.tensor.requires_grad_(True)
-                parameters.append(target.tensor)
+        training = [target for target in targets if target.name in self.trained]
+        self._let(training, train=True)
         self._hold()
         if optimizer is not None:
             known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            new = list({id(p): p for p in parameters if id(p) not in known}.values())
+            new = list({id(t.tensor): t.tensor for t in training if id(t.tensor) not in known}.values())
             if new:
                 optimizer.add_param_group({"params": new})
         return (*released, *partly)
+
+    def _let(self, targets: Sequence[Target], *, train: bool) -> None:
+        for target in targets:
+            target.tensor.requires_grad_(train)
+            if not train:
+                target.tensor.grad = None
+        if targets:  # FSDP2 keeps gathered what had no backward, and looks at the flag where it gathers
+            reshard(self.model)
 
     def _equal(self, tensor: Tensor, name: str, sampled: bool) -> bool:
         known, local = self._fingerprints[name], local_of(tensor)

@@ -750,3 +750,62 @@ def test_a_method_that_the_user_set_on_the_instance_is_there_afterwards(tmp_path
     trainer(tmp_path, WarmStart(source, into="encoder")).fit(module, data())
     assert calls
     assert module.__dict__["setup"] is own
+
+
+def test_a_module_pickles_while_one_of_its_methods_is_waited_for(tmp_path, source):
+    twins = []
+    pickled = lambda module: twins.append(pickle.loads(pickle.dumps(module)))
+    each = [Overwrite(hook, pickled) for hook in ("setup", "on_train_epoch_start")]
+    trainer(tmp_path, WarmStart(source, into="encoder"), *each, max_epochs=1).fit(Module("init"), data())
+    assert len(twins) == 2
+    trainer(tmp_path, WarmStart(source, into="encoder"), max_epochs=1).fit(twins[1], data())
+    assert equal(twins[1].seen["at_train_start"], weights(source))
+
+
+def test_the_other_package_s_trainer_is_refused_with_the_line_to_type(tmp_path, source):
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Other(other.LightningModule):
+        encoder = make_encoder()
+        training_step, configure_optimizers = Module.training_step, Module.configure_optimizers
+
+    run = other.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", callbacks=[WarmStart(source, into="encoder")], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match=r"this Trainer is of pytorch_lightning.*\n?.*from lightning\.pytorch import"):
+        run.fit(Other(), data())
+
+
+def test_what_the_optimizer_leaves_out_or_holds_in_vain_is_a_note(tmp_path, source):
+    class Chosen(Module):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.head.parameters() if self.only_head else self.parameters(), lr=0.1)
+
+    for only_head, freeze, note in (
+        (True, False, "6 parameters, such as encoder.0.weight: trainable, but in no group of an optimizer"),
+        (False, True, "6 parameters, such as encoder.0.weight: frozen, and in a group of an optimizer"),
+        (True, True, None),
+        (False, False, None),
+    ):
+        module, callback = Chosen(), WarmStart(source, into="encoder", freeze=freeze)
+        module.only_head = only_head
+        trainer(tmp_path, callback, max_epochs=1).fit(module, data())
+        found = [n for n in callback.report.notes if "optimizer" in n]
+        assert len(found) == (note is not None)
+        assert note is None or found[0].startswith(note)
+    staged = WarmStart(source, into="encoder", freeze=True, unfreeze={1: "encoder"})
+    module = Chosen()
+    module.only_head = False
+    trainer(tmp_path, staged, max_epochs=1).fit(module, data())
+    assert not any("optimizer" in n for n in staged.report.notes)
+
+
+def test_a_freeze_of_everything_is_told_before_torch_s_own_error(tmp_path, source):
+    whole = {name: torch.zeros_like(value) for name, value in InitOnly().state_dict().items()}
+    run = trainer(tmp_path, WarmStart(whole, freeze=True))
+    with (
+        pytest.warns(UserWarning, match="no parameter of InitOnly trains"),
+        pytest.raises(ValueError, match="empty parameter"),
+    ):
+        run.fit(InitOnly().setup_seen(), data())

@@ -178,6 +178,11 @@ def test_without_a_logger_the_report_is_a_file_in_the_root_dir(tmp_path):
     assert json.loads((tmp_path / "warmstart.json").read_text())["verified"] == "full"
 
 
+def test_beside_a_logger_without_a_folder_the_report_is_a_file_in_the_root_dir(tmp_path):
+    fit(tmp_path, OwnLogger())
+    assert json.loads((tmp_path / "warmstart.json").read_text())["status"] == "applied"
+
+
 def test_log_false_writes_nothing(tmp_path):
     own = OwnLogger()
     fit(tmp_path, own, log=False)

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from warmstart import CheckpointError, FrozenChangedError
+from warmstart import CheckpointError, FrozenChangedError, VerificationError
 from warmstart_lightning import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -193,4 +193,81 @@ def test_a_stage_with_a_checkpoint_of_its_own_scores_that(tmp_path, source):
     run = trainer(tmp_path, warm, enable_checkpointing=False)
     run.validate(module, data(), ckpt_path=str(tmp_path / "ckpt" / "only.ckpt"), verbose=False)
     assert equal(module.encoder.state_dict(), first.encoder.state_dict())
+    assert warm.report.status == "superseded-by-resume"
+
+
+class Tuned(Module):
+    lr, batch_size = 0.1, 2
+
+    def train_dataloader(self):
+        return DataLoader(data().dataset, batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["source", "no source"])
+@pytest.mark.parametrize(
+    "finder",
+    [LearningRateFinder(num_training_steps=4, update_attr=False), BatchSizeFinder(max_trials=1, steps_per_trial=1)],
+    ids=["learning rate", "batch size"],
+)
+def test_a_tuner_s_own_checkpoint_does_not_hide_the_one_that_was_resumed(tmp_path, source, finder, gone):
+    """It takes its trial run back by a checkpoint, whose path the trainer then shows in the place of the other's."""
+    other = tmp_path / "other.pt"
+    torch.save({"weight": torch.eye(4) * 5, "bias": torch.full((4,), 5.0)}, other)
+    first, warm = Tuned(), WarmStart(other, into="encoder", freeze=["encoder.bias"])
+    trainer(tmp_path, warm, saving(tmp_path)).fit(first)
+    ancestor = warm.report.lineage
+    if gone:
+        source.unlink()
+
+    second, resumed = Tuned(), WarmStart(source, into="encoder", freeze=["encoder.bias"])
+    trainer(tmp_path, resumed, finder, max_epochs=2).fit(second, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
+    assert equal(second.start, first.encoder.state_dict())
+    assert resumed.state_dict()["status"] == "superseded-by-resume"
+    assert resumed.state_dict()["lineage"] == ancestor
+
+    if not gone:  # and none was resumed where it shows its own alone
+        fresh, anew = Tuned(), WarmStart(source, into="encoder")
+        trainer(tmp_path, anew, finder).fit(fresh)
+        assert anew.report.status == "applied"
+
+
+class Reinitialise(Callback):
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda trainer, module, *args: module.encoder.reset_parameters())
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["source", "no source"])
+@pytest.mark.parametrize(
+    ("hook", "when"),
+    [
+        ("on_fit_start", "when training starts"),
+        ("on_train_start", "before the first training batch"),
+        ("on_train_batch_start", "before the first training batch"),
+    ],
+)
+def test_field_note_10_what_was_resumed_is_not_to_be_overwritten_either(tmp_path, source, hook, when, gone):
+    trainer(tmp_path, WarmStart(source, into="encoder"), saving(tmp_path)).fit(Module(), data())
+    if gone:
+        source.unlink()
+    warm = WarmStart(source, into="encoder")
+    with pytest.raises(VerificationError, match=rf"2 tensors do not hold what the resumed checkpoint gave them {when}"):
+        trainer(tmp_path, warm, Reinitialise(hook), max_epochs=2).fit(
+            Module(), data(), ckpt_path=tmp_path / "ckpt" / "last.ckpt"
+        )
+    trainer(tmp_path, WarmStart(source, into="encoder", verify="off"), Reinitialise(hook), max_epochs=2).fit(
+        Module(), data(), ckpt_path=tmp_path / "ckpt" / "last.ckpt"
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_a_resumed_run_that_casts_the_model_raises_no_false_alarm(tmp_path, source, precision):
+    class Cast(Module):
+        def training_step(self, batch, batch_idx):
+            return super().training_step([batch[0].to(self.head.weight.dtype)], batch_idx)
+
+    trainer(tmp_path, WarmStart(source, into="encoder"), saving(tmp_path), precision=precision).fit(Cast(), data())
+    warm, path = WarmStart(source, into="encoder"), tmp_path / "ckpt" / "last.ckpt"
+    trainer(tmp_path, warm, precision=precision, max_epochs=2).fit(Cast(), data(), ckpt_path=path)
     assert warm.report.status == "superseded-by-resume"

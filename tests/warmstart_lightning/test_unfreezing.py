@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, Mod
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from warmstart import FrozenChangedError, MappingError
+from warmstart import FrozenChangedError, MappingError, TimingError
 from warmstart_lightning import WarmStart
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -193,3 +193,30 @@ def test_what_cannot_be_meant_is_refused(tmp_path, source, fingerprint, fields, 
 
 def test_numbers_that_yaml_made_strings_are_numbers(source):
     assert warm(source, unfreeze={"2": ["a"]})._life.schedule.stages == {2: ["a"]}
+
+
+class TwoOptimizers(Module):
+    """One for what is released later, one for the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.encoder, self.head)]
+
+
+def test_an_optimizer_of_its_own_for_what_is_released_later_is_no_alarm(tmp_path, source):
+    module, before = TwoOptimizers(), torch.load(source, weights_only=True)
+    trainer(tmp_path, WarmStart(source, into="encoder", freeze=True, unfreeze={1: "encoder"})).fit(module, data())
+    assert not torch.equal(module.encoder[0].weight, before["0.weight"])
+    with pytest.raises(TimingError, match="SGD holds none of the model's 2 trainable parameters"):
+        trainer(tmp_path, WarmStart(source, into="encoder", freeze=True)).fit(TwoOptimizers(), data())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -47,19 +47,25 @@ def refuse_beside_copies(plan: Plan | None, *, releases: bool) -> None:
         )
 
 
-def audit(plan: Plan, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None) -> None:
-    """No optimizer may hold a loaded parameter that the model replaced, or none of what the model trains.
+def audit(
+    plan: Plan, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] | None, later: Collection[str] = ()
+) -> list[str]:
+    """No optimizer may hold a loaded parameter that the model replaced, or none of what the model trains, now or `later`.
+
+    Returns:
+        Notes of what no optimizer holds and could train, and of what one holds and is frozen.
 
     Raises:
         TimingError: One does.
     """
     if not optimizers:
-        return
+        return []
     live = {id(p) for p in model.parameters()}
     loaded = {
         id(t.tensor): a.target for a in plan.assignments if (t := plan.targets.entries[a.target]).kind == "parameter"
     }
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    released = {id(plan.targets.entries[name].tensor) for name in later}
     for optimizer in optimizers:
         held = _held(optimizer)
         orphans = sorted(loaded[i] for i in held if i in loaded and i not in live)
@@ -69,11 +75,25 @@ def audit(plan: Plan, model: nn.Module, optimizers: Sequence[torch.optim.Optimiz
                 f"and the model would not\n{listed((name, '') for name in orphans)}\n"
                 "  -> replace parameters before configure_optimizers, or write to them in place"
             )
-        if held and trainable and not held & trainable:
+        if held and trainable and not held & (trainable | released):
             raise TimingError(
                 f"{type(optimizer).__name__} holds none of the model's {len(trainable)} trainable parameters; build it from "
                 "the model that trains: torch.optim.AdamW(p for p in self.parameters() if p.requires_grad)"
             )
+    held = {i for optimizer in optimizers for i in _held(optimizer)} - released
+    named = [(name, p.requires_grad, id(p) in held) for name, p in model.named_parameters() if id(p) not in released]
+    left, idle = (
+        [n for n, trains, has in named if trains and not has],
+        [n for n, trains, has in named if has and not trains],
+    )
+    notes = [f"{_some(left)}: trainable, but in no group of an optimizer"] if left else []
+    return notes + (
+        [f"{_some(idle)}: frozen, and in a group of an optimizer, which leaves them as they are"] if idle else []
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} parameters, such as {names[0]}" if len(names) > 1 else names[0]
 
 
 def _held(optimizer: torch.optim.Optimizer) -> set[int]:

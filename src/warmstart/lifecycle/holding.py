@@ -49,7 +49,7 @@ class Holding:
             self.take(freeze_entries(model, before.frozen, targets, self._held, trained=trained, rows=rows))
 
     def take_up(
-        self, model: nn.Module, names: tuple[str, ...], trained: frozenset[str], rows: dict[str, Tensor]
+        self, model: nn.Module, names: tuple[str, ...], trained: frozenset[str] | None, rows: dict[str, Tensor]
     ) -> None:
         """Freeze anew what was frozen in a model before."""
         if names or rows:
@@ -60,6 +60,13 @@ class Holding:
         if self.frozen is not None and self._schedule.stages:
             deferred = self.frozen.defer(optional(self._schedule.patterns))
             self.staged = tuple(sorted({*self.staged, *deferred}))
+
+    @property
+    def later(self) -> list[str]:
+        """The parameters that are frozen now and train when the schedule releases them."""
+        if self.frozen is None:
+            return []
+        return [name for name in self.staged if name in self.frozen.trained.intersection(self.frozen.names)]
 
     def change_since(self, state: Mapping[str, Any] | None) -> str | None:
         """How what was frozen in a run's state differs from now, in words; None if it does not, or may."""
@@ -96,8 +103,7 @@ class Holding:
         # Not before: of those that are not staged the optimizer was made without, and its state was restored so.
         self.release_restored(self._released)
         self._release_due(progress)
-        later = [name for name in self.staged if name in self.frozen.trained.intersection(self.frozen.names)]
-        if later and not bears_unused:
+        if (later := self.later) and not bears_unused:
             raise TimingError(
                 f"{len(later)} parameters get no gradient until they are released, which DistributedDataParallel must be told "
                 f"of\n{listed((name, '') for name in later)}\n  -> set find_unused_parameters=True"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
@@ -17,13 +18,15 @@ from warmstart.drift import Drift
 from warmstart.errors import CheckpointError, MappingError, TimingError
 from warmstart.freezing import Frozen, Held, entries_matching, freeze_entries
 from warmstart.lifecycle.auditing import audit, refuse_beside_copies, refuse_late_freeze
+from warmstart.lifecycle.converted import heirs
 from warmstart.lifecycle.holding import Holding, OnFreezeChange
 from warmstart.lifecycle.overlap import refuse_overlap
-from warmstart.lifecycle.past import Past, known, remember
-from warmstart.lifecycle.restoring import RestoreWatch
+from warmstart.lifecycle.past import Past, begin, inherit, known, remember
+from warmstart.lifecycle.restoring import Restored, RestoreWatch
 from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
 from warmstart.loading.agreement import all_here, raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
+from warmstart.mapping.declared import plain
 from warmstart.mapping.grouping import listed
 from warmstart.mapping.model.names import strip
 from warmstart.mapping.model.targets import Targets
@@ -89,6 +92,7 @@ class Lifecycle:
         self._past: Past | None = None
         self._gone: CheckpointError | None = None
         self._watch = RestoreWatch(None)
+        self._resumed: Restored | None = None
         self._hook: RemovableHandle | None = None
         self._trained = False
         self._drift: Drift | None = None
@@ -104,16 +108,32 @@ class Lifecycle:
         self._reset()
 
     def _identity(self) -> Hashable:
-        """What makes two warm starts the same one: their sources and rules."""
+        """What makes two warm starts write the same: their sources and rules, without what is frozen afterwards."""
         sources = [os.fspath(p.source) if isinstance(p.source, str | os.PathLike) else id(p.source) for p in self.parts]
-        return tuple((source, repr(sorted(p.rules().items()))) for source, p in zip(sources, self.parts, strict=True))
+        rules = [{k: v for k, v in p.rules().items() if k != "freeze"} for p in self.parts]
+        return tuple((source, repr(sorted(rule.items()))) for source, rule in zip(sources, rules, strict=True))
+
+    @property
+    def _rule(self) -> Hashable:
+        """What is to be frozen, as it was said."""
+        return repr([plain(part.freeze) for part in self.parts])
 
     def same_as(self, other: Lifecycle) -> bool:
-        """Whether both load the same sources by the same rules."""
-        return self._identity() == other._identity()
+        """Whether both load the same sources by the same rules, and freeze the same."""
+        return self._identity() == other._identity() and self._rule == other._rule
 
     def _known(self, model: nn.Module) -> Past | None:
+        """What this model was loaded with, by this warm start or by another that writes the same."""
         return known(model, self._identity())
+
+    def _goes_on(self, model: nn.Module, past: Past) -> bool:
+        """Whether a model that was loaded is to be left as it is: it has trained since, or `start` will compare its values."""
+        own = self.report is not None and self.report.plan.model is model and self.report.status != "failed"
+        return own or past.begun
+
+    def _begin(self, model: nn.Module) -> None:
+        self._trained = True
+        begin(model, self._identity())
 
     @property
     def frozen(self) -> Frozen | None:
@@ -141,12 +161,12 @@ class Lifecycle:
         """
         with raised_on_all("set up"):
             past = self._known(model)
-            if past is not None:
-                self._take_up(model, past)
+            if past is not None and self._goes_on(model, past):
+                self._take_up(model, past, beside, ())
             else:
-                self._announce(model, beside)
+                self._announce(model, beside, past)
 
-    def _announce(self, model: nn.Module, beside: Sequence[Lifecycle]) -> None:
+    def _announce(self, model: nn.Module, beside: Sequence[Lifecycle], past: Past | None) -> None:
         self._reset()
         plan = self._plan_if_there(model)
         if plan is None:
@@ -161,6 +181,8 @@ class Lifecycle:
             for other in beside:
                 other._rehearse(model)
             targets, names = plan.targets, set(plan.freeze) - self.schedule.later(plan)
+        if past is not None:
+            past.thaw(model)
         frozen = [t for name in names if (t := targets.entries[name]).kind == "parameter" and t.tensor.requires_grad]
         for target in frozen:
             target.tensor.requires_grad_(False)
@@ -203,8 +225,8 @@ class Lifecycle:
         manifest: Mapping[str, Any],
     ) -> None:
         past = self._known(model)
-        if past is not None:
-            self._take_up(model, past)
+        if past is not None and self._goes_on(model, past):
+            self._take_up(model, past, beside, optimizers)
             if self.report is not None:
                 refuse_overlap(self.report.plan, [other.report for other in beside])
             return
@@ -223,11 +245,14 @@ class Lifecycle:
                 other._rehearse(model)
             refuse_overlap(plan, [other.report for other in beside])
             refuse_late_freeze(plan, set(plan.freeze) - self.schedule.later(plan), optimizers, self.late_freeze)
+            if past is not None:  # of a try that never came to train
+                past.thaw(model)
             self.report = api.apply(plan, verify=self.verify, held=self.held, read=self.read, shared=True)
             self._freeze.take(self.report.frozen)
-            remember(model, self._identity(), self.report)
         if self.frozen is not None:
             self.frozen.trained |= self._early
+        if self.report is not None:
+            remember(model, self._identity(), Past.of(self.report, self._rule))
         self._model = weakref.ref(model)
 
     def _plan_if_there(self, model: nn.Module) -> Plan[Report] | None:
@@ -245,27 +270,61 @@ class Lifecycle:
     def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
         """Notice, until training starts, what a load of the whole model's state dict matches; `apply` does this too."""
         self._unwatch()
-        self._watch = RestoreWatch(self._freeze.change_since(manifest))
+        self._watch = RestoreWatch(self._freeze.change_since(manifest), self._to_load(model))
         self._hook = model.register_load_state_dict_post_hook(self._watch)  # type: ignore[no-untyped-call]
+
+    def _to_load(self, model: nn.Module) -> frozenset[str]:
+        """The parameters that this warm start loads, as far as it is known."""
+        if self.verify == "off":
+            return frozenset()
+        if self.report is not None:
+            entries = self.report.plan.targets.entries
+            return frozenset(a.target for a in self.report.plan.assignments if entries[a.target].kind == "parameter")
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if self._gone is not None else []
+        return frozenset(name for name in names if any(strip(name, part.into) is not None for part in self.parts))
 
     def _unwatch(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
-    def _take_up(self, model: nn.Module, past: Past) -> None:
+    def _take_up(
+        self, model: nn.Module, past: Past, beside: Sequence[Lifecycle], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
         """Go on with a model that was loaded before."""
-        if self.report is not None and self.report.plan.model is model:
+        if self.report is not None and self.report.plan.model is model and past.rule == self._rule:
             if self._trained:
                 self.report.status = "already-applied"
                 self._freeze.stage()
             return
         self._reset()
+        if past.rule == self._rule:
+            self._freeze.take_up(model, past.frozen, past.trained, past.rows)
+        else:
+            self._freeze_anew(model, past, beside, optimizers)
         self._model, self._past, self._trained = weakref.ref(model), past, True
-        self._freeze.take_up(model, past.frozen, past.trained, past.rows)
+
+    def _freeze_anew(
+        self, model: nn.Module, past: Past, beside: Sequence[Lifecycle], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
+        """Go on with a model that has trained under another freeze, and freeze what this one is told to."""
+        names: tuple[str, ...] = ()
+        if (plan := self._plan_if_there(model)) is not None:
+            plan.raise_errors()
+            refuse_overlap(plan, [other.report for other in beside])
+            names = plan.freeze
+            refuse_late_freeze(plan, set(names) - self.schedule.later(plan), optimizers, self.late_freeze)
+        elif any(part.freeze for part in self.parts):
+            assert self._gone is not None
+            raise self._gone
+        self._gone = None
+        past.thaw(model)
+        self._freeze.take_up(model, names, None, past.rows)
+        remember(model, self._identity(), past.frozen_as(self.frozen, self._rule))
 
     def _rehearse(self, model: nn.Module) -> None:
-        if self._known(model) is None and (plan := self._plan_if_there(model)) is not None:
+        past = self._known(model)
+        if (past is None or not self._goes_on(model, past)) and (plan := self._plan_if_there(model)) is not None:
             plan.raise_errors()
 
     def _frozen_names(self, model: nn.Module) -> list[str]:
@@ -372,7 +431,8 @@ class Lifecycle:
         with raised_on_all("freeze"):  # on its own: it gathers shards, for which each rank is needed
             self._freeze.start(resumed=resumed, progress=progress, bears_unused=bears_unused)
         first = not self._trained
-        self._trained = self._trained or at_first_batch
+        if first and at_first_batch:
+            self._begin(model)
         return first
 
     def _start(
@@ -383,6 +443,7 @@ class Lifecycle:
         buffers: bool = True,
     ) -> None:
         self._unwatch()
+        self._resumed = None
         failed = self.report is not None and self.report.status == "failed"
         if not self.loaded(model) or failed:
             raise TimingError(
@@ -402,7 +463,8 @@ class Lifecycle:
                 self._compare(self.report, model, resumed, buffers)
             else:
                 raise_differences(structure(self.report.plan, model), "when training starts again")
-            audit(self.report.plan, model, optimizers)
+            notes = audit(self.report.plan, model, optimizers, self._freeze.later)
+            self.report.notes += [note for note in notes if note not in self.report.notes]
             self.report.plan.targets.follow(model)
 
     def look(self, model: nn.Module, *, resumed: bool) -> None:
@@ -413,6 +475,18 @@ class Lifecycle:
         """
         with raised_on_all("look before a stage"):
             self._start(model, resumed)
+
+    def follow_converted(self, model: nn.Module) -> None:
+        """Go on with modules that the host has put in the place of others, around the same parameters."""
+        entries = self.report.plan.targets.entries if self.report is not None and self.loaded(model) else {}
+        frozen = self.frozen.targets if self.frozen is not None and self.frozen.model is model else ()
+        if found := heirs(model, [*entries.values(), *frozen]):
+            inherit(model, self._identity(), found)
+            for name, target in entries.items():
+                if id(target.owner) in found:
+                    entries[name] = dataclasses.replace(target, owner=found[id(target.owner)])
+            if self.frozen is not None:
+                self.frozen.inherit(found)
 
     def enforce(self) -> None:
         """Freeze what the schedule releases later; the optimizer and the wrapper are there by now."""
@@ -456,6 +530,7 @@ class Lifecycle:
                 f"{self._gone}\nA resumed run can do without it only if it is known what to freeze: name it, "
                 'freeze=["encoder"], or resume from a checkpoint that holds this callback\'s state'
             )
+        self._take_as_resumed(model)
 
     def _compare(self, report: Report, model: nn.Module, resumed: bool, buffers: bool) -> None:
         if self.verify == "off":
@@ -469,10 +544,21 @@ class Lifecycle:
             report.status = "superseded-by-resume"  # whatever the file was, the run has its own weights
             return
         if wrong and resumed:
+            report.status = "failed"
+            self._take_as_resumed(model)
             report.status = "superseded-by-resume"
         elif wrong:
             report.status = "failed"
             raise_differences(wrong, "when training starts")
+
+    def _take_as_resumed(self, model: nn.Module) -> None:
+        """Nothing may write to what the resumed checkpoint has given, from then on to the first batch."""
+        if self.steps_on_copies:  # which the engine restores on its own, and writes back
+            return
+        restored, self._watch.restored = self._watch.restored, None  # what trains on from here may start again
+        if restored is not None:
+            restored.refuse_other(model, "when training starts")
+        self._resumed = Restored(model, self._watch.names)
 
     def check_first_batch(self, model: nn.Module) -> None:
         """Once more before the first training batch, so that no hook in between goes unseen: parameters and the frozen.
@@ -487,8 +573,10 @@ class Lifecycle:
                 if wrong:
                     self.report.status = "failed"
                     raise_differences(wrong, "before the first training batch")
+            elif self._resumed is not None:
+                self._resumed.refuse_other(model, "before the first training batch")
             self._freeze.check(sampled=True)
-        self._trained = True
+        self._begin(model)
 
     def guard(self, *, full: bool) -> None:
         """Compare the frozen tensors with their digests, sampled or, at the end of training, in full.

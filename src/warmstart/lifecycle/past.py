@@ -1,16 +1,18 @@
-"""Which models were loaded by which warm start: once for each model object, whichever callback asks."""
+"""Which models were loaded by which warm start: once for each model object that trains, whichever callback asks."""
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from warmstart.errors import TimingError
-from warmstart.mapping.model.targets import Live
+from warmstart.freezing import Frozen, freeze_entries
+from warmstart.mapping.model.targets import Live, Targets
 from warmstart.report import Report
 
 
@@ -20,27 +22,57 @@ class Past:
 
     owners: weakref.WeakSet[nn.Module]
     count: int
+    rule: Hashable  # of what was to be frozen
     frozen: tuple[str, ...]
     trained: frozenset[str]
     rows: dict[str, Tensor]
     lineage: dict[str, Any]
+    begun: bool = False  # whether it has trained
 
     @classmethod
-    def of(cls, report: Report) -> Past:
+    def of(cls, report: Report, rule: Hashable) -> Past:
         plan, frozen = report.plan, report.frozen
         owners = weakref.WeakSet(plan.targets.entries[a.target].owner for a in plan.assignments)
         if frozen is None:
-            return cls(owners, len(owners), (), frozenset(), {}, report.lineage)
+            return cls(owners, len(owners), rule, (), frozenset(), {}, report.lineage)
         rows = {name: held.mask for name, held in frozen.rows.items()}
-        return cls(owners, len(owners), frozen.declared, frozen.trained, rows, report.lineage)
+        return cls(owners, len(owners), rule, frozen.declared, frozen.trained, rows, report.lineage)
+
+    def inherited(self, heirs: Mapping[int, nn.Module]) -> Past:
+        """The same, with other modules in the place of some."""
+        owners = weakref.WeakSet(heirs.get(id(owner), owner) for owner in self.owners)
+        return dataclasses.replace(self, owners=owners)
+
+    def thaw(self, model: nn.Module) -> None:
+        """Undo its freeze, so that another can take its place; that of rows takes the place of another by itself."""
+        targets = Targets.of(model)
+        if names := [name for name in self.frozen if name in targets.entries]:
+            freeze_entries(model, names, targets, trained=self.trained).release("*")
+
+    def frozen_as(self, frozen: Frozen | None, rule: Hashable) -> Past:
+        """The same, with another freeze."""
+        names, trained = (frozen.declared, frozen.trained) if frozen is not None else ((), frozenset[str]())
+        return dataclasses.replace(self, rule=rule, frozen=names, trained=trained)
 
 
 # A host may copy its callbacks or make new ones for every fit.
 _LOADED: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Past]] = weakref.WeakKeyDictionary()
 
 
-def remember(model: nn.Module, identity: Hashable, report: Report) -> None:
-    _LOADED.setdefault(model, {})[identity] = Past.of(report)
+def remember(model: nn.Module, identity: Hashable, past: Past) -> None:
+    _LOADED.setdefault(model, {})[identity] = past
+
+
+def inherit(model: nn.Module, identity: Hashable, heirs: Mapping[int, nn.Module]) -> None:
+    """A host has put other modules in the place of some that were loaded."""
+    if (past := _LOADED.get(model, {}).get(identity)) is not None:
+        remember(model, identity, past.inherited(heirs))
+
+
+def begin(model: nn.Module, identity: Hashable) -> None:
+    """A model that was loaded trains from now on: what loads it a second time goes on from there."""
+    if (past := _LOADED.get(model, {}).get(identity)) is not None:
+        remember(model, identity, dataclasses.replace(past, begun=True))
 
 
 def known(model: nn.Module, identity: Hashable) -> Past | None:
