@@ -39,6 +39,7 @@ def test_imports_point_down():
         "checkpoints",
         "mapping",
         "lineage",
+        "held_modules",
         "held_rows",
         "freezing",
         "loading",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from warmstart.errors import FrozenChangedError, MappingError, TimingError
+from warmstart.held_modules import STATISTICS, hold_instead, subtrees_to_hold
 from warmstart.held_rows import HeldRows
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.hints import did_you_mean
@@ -20,31 +21,6 @@ from warmstart.shards import gathered, is_sharded, local_of, reshard
 from warmstart.tensors import digest, sample
 
 Held = Literal["eval", "train"]
-_STATISTICS = ("running_mean", "running_var")
-
-
-class HeldInEval:
-    """Stands in for a module's `train` method: whatever mode is asked for, the module stays in eval.
-
-    An object and not a closure, so that a held module can be pickled and deep-copied. It remembers the mode that was asked
-    for, which the module gets when it is released.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.asked = module.training
-        module.training = False
-
-    def __call__(self, mode: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        self.asked = mode
-        self.module.training = False
-        for child in self.module.children():
-            child.train(mode)
-        return self.module
-
-    def release(self) -> None:
-        del self.module.__dict__["train"]
-        self.module.training = self.asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,16 +276,8 @@ class Frozen:
     def _hold(self) -> None:
         """Hold each maximal subtree that is frozen as a whole, and each module with frozen statistics, in eval."""
         frozen = {(id(t.owner), t.leaf) for t in self._targets.values()}
-        wanted = _to_hold(self.model, frozen) if self._holds else []
-        keep = {id(module) for _, modules in wanted for module in modules}
-        for _, modules in self._held:
-            for module in modules:
-                if id(module) not in keep and isinstance(module.__dict__.get("train"), HeldInEval):
-                    module.__dict__["train"].release()
-        for _, modules in wanted:
-            for module in modules:
-                if not isinstance(module.__dict__.get("train"), HeldInEval):
-                    module.__dict__["train"] = HeldInEval(module)
+        wanted = subtrees_to_hold(self.model, frozen) if self._holds else []
+        hold_instead([m for _, modules in self._held for m in modules], [m for _, modules in wanted for m in modules])
         self._held = wanted
 
 
@@ -332,7 +300,7 @@ def freeze_entries(
         rows: Entries of which only some rows are frozen, with those rows as booleans; None: every row.
     """
     chosen = {name: targets.entries[name] for name in names}
-    owners = {id(t.owner) for t in chosen.values() if t.leaf in _STATISTICS}
+    owners = {id(t.owner) for t in chosen.values() if t.leaf in STATISTICS}
     for name, target in targets.entries.items():
         if target.leaf == "num_batches_tracked" and id(target.owner) in owners:
             chosen.setdefault(name, target)
@@ -385,26 +353,3 @@ def refuse_wrapped(targets: Targets) -> None:
             "the model is wrapped in DistributedDataParallel, whose reducer would wait for the frozen parameters; load "
             "and freeze first, then wrap: warmstart.load(model, ..., freeze=...); model = DistributedDataParallel(model)"
         )
-
-
-def _to_hold(model: nn.Module, frozen: set[tuple[int, str]]) -> list[tuple[str, list[nn.Module]]]:
-    """Path of each subtree to hold, and its modules: each by itself, since a loop over modules() asks each by itself."""
-    found: list[tuple[str, list[nn.Module]]] = []
-
-    def visit(path: str, module: nn.Module) -> None:
-        entries = [
-            (id(owner), leaf)
-            for owner in module.modules()
-            for leaf, tensor in [*owner._parameters.items(), *owner._buffers.items()]
-            if tensor is not None and leaf not in owner._non_persistent_buffers_set
-        ]
-        if entries and all(entry in frozen for entry in entries):
-            found.append((path, list(module.modules())))
-            return
-        if any((id(module), leaf) in frozen for leaf in _STATISTICS):
-            found.append((path, [module]))
-        for leaf, child in module.named_children():
-            visit(f"{path}.{leaf}" if path else leaf, child)
-
-    visit("", model)
-    return found

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from warmstart import api
 from warmstart.checkpoints.places import is_gone
@@ -22,12 +21,11 @@ from warmstart.lifecycle.converted import heirs
 from warmstart.lifecycle.holding import Holding, OnFreezeChange
 from warmstart.lifecycle.overlap import refuse_overlap
 from warmstart.lifecycle.past import Past, begin, inherit, known, remember
-from warmstart.lifecycle.restoring import Restored, RestoreWatch
+from warmstart.lifecycle.resuming import Resuming
 from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
 from warmstart.loading.agreement import all_here, raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
 from warmstart.mapping.declared import plain
-from warmstart.mapping.grouping import listed
 from warmstart.mapping.model.names import strip
 from warmstart.mapping.model.targets import Targets
 from warmstart.mapping.plan.lock import frozen_names
@@ -91,9 +89,7 @@ class Lifecycle:
         self._model: weakref.ref[nn.Module] | None = None
         self._past: Past | None = None
         self._gone: CheckpointError | None = None
-        self._watch = RestoreWatch(None)
-        self._resumed: Restored | None = None
-        self._hook: RemovableHandle | None = None
+        self._resuming = Resuming()
         self._trained = False
         self._drift: Drift | None = None
 
@@ -211,7 +207,7 @@ class Lifecycle:
             WarmStartError: As `warmstart.load`.
             TimingError: An optimizer holds a parameter already that is to be frozen.
         """
-        self._unwatch()
+        self._resuming.unwatch()
         with raised_on_all("set up"):
             all_here("set up")  # a host's own way to plan may have collectives in it
             self._apply(model, beside, optimizers, manifest or {})
@@ -269,9 +265,7 @@ class Lifecycle:
 
     def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
         """Notice, until training starts, what a load of the whole model's state dict matches; `apply` does this too."""
-        self._unwatch()
-        self._watch = RestoreWatch(self._freeze.change_since(manifest), self._to_load(model))
-        self._hook = model.register_load_state_dict_post_hook(self._watch)  # type: ignore[no-untyped-call]
+        self._resuming.watch(model, self._freeze.change_since(manifest), self._to_load(model))
 
     def _to_load(self, model: nn.Module) -> frozenset[str]:
         """The parameters that this warm start loads, as far as it is known."""
@@ -282,11 +276,6 @@ class Lifecycle:
             return frozenset(a.target for a in self.report.plan.assignments if entries[a.target].kind == "parameter")
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if self._gone is not None else []
         return frozenset(name for name in names if any(strip(name, part.into) is not None for part in self.parts))
-
-    def _unwatch(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
     def _take_up(
         self, model: nn.Module, past: Past, beside: Sequence[Lifecycle], optimizers: Sequence[torch.optim.Optimizer]
@@ -346,7 +335,7 @@ class Lifecycle:
     @property
     def unsettled(self) -> CheckpointError | None:
         """The same, as long as no restore was seen."""
-        return None if self._watch.seen or self._trained else self._gone
+        return None if self._resuming.seen or self._trained else self._gone
 
     @property
     def knows_what_to_freeze(self) -> bool:
@@ -371,7 +360,7 @@ class Lifecycle:
 
     def _resume(self, model: nn.Module, state: dict[str, Any]) -> None:
         self.restored = dict(state)
-        self._watch.warning = None
+        self._resuming.was_told()
         if self._gone is not None and (self.frozen is None or state.get("rows")):
             self._freeze.take_as_before(model, state)
         self._freeze.resume(state)
@@ -386,8 +375,7 @@ class Lifecycle:
 
     def restored_whole(self, model: nn.Module) -> None:
         """A host has restored every entry, part by part, where no load of the whole model's state dict was to be seen."""
-        self._watch.seen = True
-        self._watch.matched |= model.state_dict(keep_vars=True).keys()
+        self._resuming.saw_all_of(model)
 
     def rearm(self) -> None:
         """A trial run of the host's own (a learning rate finder) is over and has put the weights back: check once more."""
@@ -442,22 +430,21 @@ class Lifecycle:
         optimizers: Sequence[torch.optim.Optimizer] | None = None,
         buffers: bool = True,
     ) -> None:
-        self._unwatch()
-        self._resumed = None
+        self._resuming.unwatch()
         failed = self.report is not None and self.report.status == "failed"
         if not self.loaded(model) or failed:
             raise TimingError(
                 "training starts and the pretrained weights were never loaded into this model; see to it that the "
                 "callback is in place when the model is set up, or call warmstart.load(model, ...) yourself"
             )
-        if resumed and self._watch.passed_over:
-            raise CheckpointError(
-                f"the checkpoint that is resumed matches none of the {len(model.state_dict())} entries of "
-                f"{type(model).__name__}: its weights were passed over and training would go on without them\n"
-                "  -> resume from a checkpoint of this model"
-            )
+        if resumed:
+            self._resuming.refuse_passed_over(model)
         if self._gone is not None:
-            self._settle_gone(model, resumed)
+            if not resumed:
+                raise self._gone
+            scopes = [part.into for part in self.parts]
+            self._resuming.refuse_instead_of(self._gone, model, scopes, self.knows_what_to_freeze)
+            self._resuming.take(model, keep=not self.steps_on_copies)
         elif self.report is not None:
             if resumed or not self._trained:
                 self._compare(self.report, model, resumed, buffers)
@@ -510,28 +497,6 @@ class Lifecycle:
         """
         return self._freeze.advance(progress)
 
-    def _settle_gone(self, model: nn.Module, resumed: bool) -> None:
-        assert self._gone is not None
-        if not resumed:
-            raise self._gone
-        if not self._watch.seen:
-            raise CheckpointError(
-                f"{self._gone}\nWhether the checkpoint that is resumed has all that it would have given is not known: it was "
-                "not loaded strictly, or not into the whole model\n  -> load it strictly, or put the source back"
-            )
-        scopes = [part.into for part in self.parts]
-        if lacking := [n for n in self._watch.lacking(model) if any(strip(n, into) is not None for into in scopes)]:
-            raise CheckpointError(
-                f"{self._gone}\nThe checkpoint that is resumed cannot stand in for it: it lacks {len(lacking)} of "
-                f"the model's entries\n{listed((name, '') for name in lacking)}"
-            )
-        if not self.knows_what_to_freeze:
-            raise CheckpointError(
-                f"{self._gone}\nA resumed run can do without it only if it is known what to freeze: name it, "
-                'freeze=["encoder"], or resume from a checkpoint that holds this callback\'s state'
-            )
-        self._take_as_resumed(model)
-
     def _compare(self, report: Report, model: nn.Module, resumed: bool, buffers: bool) -> None:
         if self.verify == "off":
             report.status = "superseded-by-resume" if resumed else report.status
@@ -545,20 +510,11 @@ class Lifecycle:
             return
         if wrong and resumed:
             report.status = "failed"
-            self._take_as_resumed(model)
+            self._resuming.take(model, keep=not self.steps_on_copies)
             report.status = "superseded-by-resume"
         elif wrong:
             report.status = "failed"
             raise_differences(wrong, "when training starts")
-
-    def _take_as_resumed(self, model: nn.Module) -> None:
-        """Nothing may write to what the resumed checkpoint has given, from then on to the first batch."""
-        if self.steps_on_copies:  # which the engine restores on its own, and writes back
-            return
-        restored, self._watch.restored = self._watch.restored, None  # what trains on from here may start again
-        if restored is not None:
-            restored.refuse_other(model, "when training starts")
-        self._resumed = Restored(model, self._watch.names)
 
     def check_first_batch(self, model: nn.Module) -> None:
         """Once more before the first training batch, so that no hook in between goes unseen: parameters and the frozen.
@@ -573,8 +529,8 @@ class Lifecycle:
                 if wrong:
                     self.report.status = "failed"
                     raise_differences(wrong, "before the first training batch")
-            elif self._resumed is not None:
-                self._resumed.refuse_other(model, "before the first training batch")
+            else:
+                self._resuming.refuse_other(model)
             self._freeze.check(sampled=True)
         self._begin(model)
 
