@@ -22,9 +22,8 @@ Span = tuple[int, int]
 class Region(Protocol):
     """Which elements of a tensor a process holds."""
 
-    @property
-    def in_one(self) -> bool:
-        """Whether one slice has them all, so that what is read of memory is a view of it."""
+    def run(self, shape: Shape) -> Span | None:
+        """The first and past the last of them as they lie in a row-major tensor of this shape; None if others lie between."""
 
     def take(self, whole: Tensor) -> Tensor:
         """Of the whole tensor, the part that is held, in the shape it is held in."""
@@ -43,9 +42,14 @@ class Box:
 
     spans: tuple[tuple[Span, ...], ...]
 
-    @property
-    def in_one(self) -> bool:
-        return all(len(each) == 1 for each in self.spans)
+    def run(self, shape: Shape) -> Span | None:
+        start, count = 0, 1
+        for size, spans in zip(shape, self.spans, strict=True):
+            (first, last), *others = spans
+            if others or (count > 1 and last - first < size):
+                return None
+            start, count = start * size + first, count * (last - first)
+        return start, start + count
 
     def take(self, whole: Tensor) -> Tensor:
         return self.read(lambda index: whole[index])
@@ -73,9 +77,8 @@ class Run:
     start: int
     stop: int
 
-    @property
-    def in_one(self) -> bool:
-        return True
+    def run(self, shape: Shape) -> Span | None:
+        return self.start, self.stop
 
     def take(self, whole: Tensor) -> Tensor:
         return whole.reshape(-1)[self.start : self.stop]

@@ -11,7 +11,7 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
-from warmstart.checkpoints.files import FileStamp, MappedFile
+from warmstart.checkpoints.files import FileStamp, Place
 from warmstart.errors import CheckpointError
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
@@ -94,8 +94,8 @@ class Checkpoint(ABC):
     def _read(self, key: str, index: Index | None) -> Tensor:
         """One tensor, or a slice of it, on the CPU. May share memory with the source: callers do not write to it."""
 
-    def mapped(self, key: str) -> MappedFile | None:
-        """The mapped file that `read` gives a view of, for this key, without a copy; None where it makes a tensor anew."""
+    def place(self, key: str) -> Place | None:
+        """Where in a mapped file a tensor lies as `read` gives it; None where it is made anew."""
         return None
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from warmstart.checkpoints.base import Checkpoint, Index, TensorInfo
-from warmstart.checkpoints.files import FileStamp, MappedFile
+from warmstart.checkpoints.files import FileStamp, MappedFile, Place
 
 MAX_DIMS = 64
 OVERLAP_LIMIT = 64 << 20
@@ -139,12 +139,14 @@ class LeafCheckpoint(Checkpoint):
     def leaves(self) -> Iterable[tuple[str, Leaf]]:
         return self._leaves.items()
 
-    def mapped(self, key: str) -> MappedFile | None:
+    def place(self, key: str) -> Place | None:
         leaf = self._leaves[key]
         if not isinstance(leaf, StridedLeaf) or type(leaf.source) is not MappedFile:
             return None
-        changes = leaf.swapped or leaf.conjugate or leaf.negative or leaf.start % leaf.dtype.itemsize
-        return None if changes else leaf.source
+        size = leaf.dtype.itemsize
+        if leaf.swapped or leaf.conjugate or leaf.negative or leaf.start % size or leaf.stride != row_major(leaf.shape):
+            return None
+        return Place(leaf.source, leaf.start, leaf.start + math.prod(leaf.shape) * size)
 
     def _read(self, key: str, index: Index | None) -> Tensor:
         return self._leaves[key].read(index)

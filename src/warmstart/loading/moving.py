@@ -1,47 +1,80 @@
 """Bytes from files into the model's memory, or compared with it, by threads.
 
-What is compared as well goes from the mapped file, in chunks that fit a processor's cache. What is copied alone the system
-reads straight into the model's memory, where it can: no page of the file has to be mapped for that.
+What is compared in full goes from the mapped file, in chunks that fit a processor's cache: each is copied, compared and
+searched for NaN before the next one. What is copied alone the system reads straight into the model's memory, where it can: no
+page of the file has to be mapped for that.
 """
 
 from __future__ import annotations
 
 import bisect
-import math
+import ctypes
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from ctypes import memmove
+from dataclasses import dataclass
 from threading import Lock
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from warmstart.checkpoints.files import MappedFile
-from warmstart.tensors import wide_words
+from warmstart.checkpoints.files import MappedFile, Place
+from warmstart.mapping.plan.plan import Verify
 
-# Words: below the size from which torch would start threads of its own, and within a core's cache.
-_CHUNK = 30_720
+_CHUNK = 480 << 10  # bytes: with as many of the file they stay in a core's cache
 _BATCH = 8 << 20  # bytes that a thread takes at a time
+_RUNS, _RUN = 1024, 16  # a sample of a piece: so many runs of so many bytes, or up to twice as many
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+# numpy and torch compare at half the speed of the C library, which like them lets other threads run meanwhile.
+memcmp = (ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt).memcmp
+memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+# Of each kind of float the size in bytes, and the least bits that are infinite or NaN, without the sign.
+_BEYOND = {
+    torch.float16: (2, 0x7C00),
+    torch.bfloat16: (2, 0x7F80),
+    torch.float32: (4, 0x7F80_0000),
+    torch.float64: (8, 0x7FF0_0000_0000_0000),
+    torch.complex32: (2, 0x7C00),
+    torch.complex64: (4, 0x7F80_0000),
+    torch.complex128: (8, 0x7FF0_0000_0000_0000),
+}
+
+
+@dataclass(slots=True)
+class _Entry:
+    """An entry that is moved.
+
+    Attributes:
+        name: Its name.
+        memory: Its memory.
+        dtype: Its dtype.
+        place: Where its bytes lie.
+        copy: Whether they are copied, or there already.
+        left: How many pieces of it are not done yet.
+    """
+
+    name: str
+    memory: Bytes
+    dtype: torch.dtype
+    place: Place
+    copy: bool
+    left: int
 
 
 class _Piece(NamedTuple):
-    """A run of an entry's elements, flat: where they go and where they lie."""
+    """The bytes of an entry from `start` to `stop`, which one thread moves."""
 
-    name: str
-    to: Tensor
-    source: Tensor
-    file: MappedFile
-    copy: bool
-
-
-class _Read(NamedTuple):
-    """How a mapped file is read past its mapping: its descriptor, and where the mapping starts in memory."""
-
-    descriptor: int
-    address: int
+    entry: _Entry
+    start: int
+    stop: int
 
 
 class _Own(NamedTuple):
@@ -49,12 +82,10 @@ class _Own(NamedTuple):
 
     Attributes:
         file: The second mapping of a file.
-        address: Where the first one starts.
         taken: What entries have of it, sorted: the first byte, and the one past the last.
     """
 
     file: MappedFile
-    address: int
     taken: list[tuple[int, int]]
 
     def claim(self, start: int, end: int) -> bool:
@@ -74,31 +105,31 @@ class Mover:
         done: Names of the entries that were moved.
         compared: Names of the entries that were compared with the file.
         different: Names of the entries that do not hold what the file does.
-        infinite: Names of the entries in which a value may be NaN or infinite.
+        infinite: Of those that were copied and compared in full, the names of the entries in which a value may be NaN or
+            infinite.
     """
 
-    def __init__(self, *, copy: bool, compare: bool) -> None:
+    def __init__(self, *, copy: bool, verify: Verify) -> None:
         self.begun = False
         self.done: list[str] = []
+        self.compared: set[str] = set()
         self.different: set[str] = set()
         self.infinite: set[str] = set()
         self._copy = copy
+        self._verify = verify
         self._lock = Lock()
-        self._compare = compare
         self._batch: list[_Piece] = []
         self._bytes = 0
-        self.compared: set[str] = set()
-        self._left: dict[str, int] = {}
         self._futures: list[Future[None]] = []
         self._own: dict[MappedFile, _Own] = {}
-        self._reads: dict[MappedFile, _Read] = {}
+        self._descriptors: dict[MappedFile, int] = {}
         self._opened = ExitStack()
         # As many as torch computes with here: where processes share a machine, they were told to share its cores.
         threads = min(torch.get_num_threads(), 8)
         self._pool = ThreadPoolExecutor(threads, "warmstart") if threads > 1 else None
 
-    def assign(self, name: str, tensor: Tensor, value: Tensor, file: MappedFile) -> None:
-        """Let `tensor`, whose memory holds nothing yet, have the bytes of `value` in a second mapping of `file`.
+    def assign(self, name: str, tensor: Tensor, place: Place) -> None:
+        """Let `tensor`, whose memory holds nothing yet, have the bytes of `place` in a second mapping of its file.
 
         Pages are copied when they are first written to, so that training reaches neither the file nor what it is compared
         with. Bytes that another entry has already are copied.
@@ -107,45 +138,43 @@ class Mover:
             CheckpointError: The file was replaced, or has become shorter.
         """
         self.begun = True
+        file, start, stop = place
         if file not in self._own:
-            self._own[file] = _Own(file.again(), file.address, [])
+            self._own[file] = _Own(file.again(), [])
         own = self._own[file]
-        start = value.data_ptr() - own.address
-        if not own.claim(start, start + value.nbytes):
-            self.add(name, tensor, value, file)
+        if not own.claim(start, stop):
+            self.add(name, tensor, place)
             return
-        with torch.device("cpu"):
-            raw = own.file.take(start, start + value.nbytes, value.element_size())
-        tensor.data = raw.view(value.dtype).view(value.shape)
-        if self._compare:
-            self.add(name, tensor, value, file, copy=False)
-        else:
+        tensor.data = own.file.take(start, stop, tensor.element_size()).view(tensor.dtype).view(tensor.shape)
+        if self._verify == "off":
             self.done.append(name)
+        else:
+            self.add(name, tensor, place, copy=False)
 
-    def add(self, name: str, tensor: Tensor, value: Tensor, file: MappedFile, *, copy: bool = True) -> None:
-        """Copy `value`, which lies in `file`, into `tensor`, and compare them, as was asked for: now or soon.
+    def add(self, name: str, tensor: Tensor, place: Place, *, copy: bool = True) -> None:
+        """Copy the bytes of `place` into `tensor`, and compare them, as was asked for: now or soon.
 
         Args:
             name: The entry.
-            tensor: Its memory.
-            value: A view of `file`.
-            file: The file.
+            tensor: Its memory: contiguous, of as many bytes.
+            place: Where they lie.
             copy: False where the value is there already.
 
         Raises:
             CheckpointError: The file was replaced, or has become shorter.
         """
         copy = copy and self._copy
-        if copy and not self._compare and hasattr(os, "preadv") and file not in self._reads:
-            opened = self._opened.enter_context(file.opened())
-            self._reads[file] = _Read(opened.fileno(), file.address)
-        pieces = list(_pieces(name, tensor.detach(), value, file, copy))
-        self._left[name] = len(pieces)
-        if self._compare:
+        file = place.file
+        if copy and self._verify != "full" and hasattr(os, "preadv") and file not in self._descriptors:
+            self._descriptors[file] = self._opened.enter_context(file.opened()).fileno()
+        memory = tensor.detach().view(-1).view(torch.uint8).numpy()
+        pieces = list(_pieces(_Entry(name, memory, tensor.dtype, place, copy, 0)))
+        if self._verify != "off":
             self.compared.add(name)
         for piece in pieces:
+            piece.entry.left = len(pieces)
             self._batch.append(piece)
-            self._bytes += piece.to.nbytes
+            self._bytes += piece.stop - piece.start
             if self._bytes >= _BATCH:
                 self._send()
 
@@ -174,61 +203,72 @@ class Mover:
 
     def _run(self, batch: list[_Piece]) -> None:
         for piece in batch:
-            piece.file.check()
+            entry = piece.entry
+            entry.place.file.check()
             self.begun = True
             self._move(piece)
             with self._lock:
-                self._left[piece.name] -= 1
-                if not self._left[piece.name]:
-                    self.done.append(piece.name)
+                entry.left -= 1
+                if not entry.left:
+                    self.done.append(entry.name)
 
     def _move(self, piece: _Piece) -> None:
-        if (read := self._reads.get(piece.file)) is not None:
-            _fill(piece.to, read.descriptor, piece.source.data_ptr() - read.address)
+        entry, start, stop = piece
+        file, offset = entry.place.file, entry.place.start
+        if self._verify == "full":
+            self._move_in_chunks(piece)
             return
-        to, source = wide_words(piece.to, piece.source)
-        for a, b in zip(torch.split(to, _CHUNK), torch.split(source, _CHUNK), strict=True):
-            if piece.copy:
-                a.copy_(b)
-            if not self._compare:
-                continue
-            if not torch.equal(a, b):
-                self.different.add(piece.name)
-        if self._compare and self._copy and not _surely_finite(piece.to):
-            self.infinite.add(piece.name)
+        if entry.copy:
+            if (descriptor := self._descriptors.get(file)) is not None:
+                _fill(entry.memory[start:stop], descriptor, offset + start)
+            else:
+                memmove(entry.memory[start:].ctypes.data, file.address + offset + start, stop - start)
+        if self._verify == "sample" and not _alike(
+            entry.memory[start:stop], file.bytes[offset + start : offset + stop]
+        ):
+            self.different.add(entry.name)
+
+    def _move_in_chunks(self, piece: _Piece) -> None:
+        entry, start, stop = piece
+        to = entry.memory.ctypes.data
+        source = entry.place.file.address + entry.place.start
+        size, least = _BEYOND.get(entry.dtype, (0, 0))
+        finite = not self._copy or not (entry.dtype.is_floating_point or entry.dtype.is_complex)
+        for begin in range(start, stop, _CHUNK):
+            count = min(_CHUNK, stop - begin)
+            if entry.copy:
+                memmove(to + begin, source + begin, count)
+            if memcmp(to + begin, source + begin, count):
+                self.different.add(entry.name)
+            if not finite and not (size and _all_below(entry.memory[begin : begin + count], size, least)):
+                self.infinite.add(entry.name)
+                finite = True  # enough is known of it
 
 
-def _surely_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point():
-        return not tensor.is_complex()
-    # A finite sum has finite terms; types of one byte have no sum.
-    return tensor.element_size() > 1 and math.isfinite(tensor.sum().item())
+def _pieces(entry: _Entry) -> Iterator[_Piece]:
+    total = len(entry.memory)
+    for start in range(0, total, _BATCH):
+        yield _Piece(entry, start, min(start + _BATCH, total))
 
 
-def _fill(tensor: Tensor, descriptor: int, start: int) -> None:
-    memory = tensor.view(torch.uint8).numpy().data
-    while memory:
-        count = os.preadv(descriptor, [memory], start)
+def _fill(memory: Bytes, descriptor: int, start: int) -> None:
+    left = memory.data
+    while left:
+        count = os.preadv(descriptor, [left], start)
         if not count:
             raise EOFError("the file has become shorter while it was read; open it again when it is at rest")
-        memory, start = memory[count:], start + count
+        left, start = left[count:], start + count
 
 
-def _pieces(name: str, tensor: Tensor, value: Tensor, file: MappedFile, copy: bool) -> Iterator[_Piece]:
-    step = _BATCH // tensor.element_size()
-    for to, source in zip(torch.split(tensor.view(-1), step), torch.split(value.view(-1), step), strict=True):
-        yield _Piece(name, to, source, file, copy)
+def _alike(a: Bytes, b: Bytes) -> bool:
+    """Whether a sample is the same: runs of bytes spread evenly, and the last ones."""
+    rows = len(a) // _RUN
+    step = rows // _RUNS | 1  # odd, so that the sample does not run down one column
+    first, other = (each[: rows * _RUN].reshape(rows, _RUN)[::step] for each in (a, b))
+    return np.array_equal(first, other) and np.array_equal(a[-_RUN:], b[-_RUN:])
 
 
-def is_plain(tensor: Tensor, value: Tensor) -> bool:
-    """Whether an entry is a piece of this machine's memory that a value of the same bytes can be copied to as it is."""
-    return (
-        type(tensor) in {Tensor, nn.Parameter}
-        and tensor.dtype == value.dtype
-        and tensor.shape == value.shape
-        and tensor.device.type == "cpu"
-        and tensor.layout == torch.strided
-        and bool(tensor.numel())
-        and tensor.is_contiguous()
-        and value.is_contiguous()
-    )
+def _all_below(memory: Bytes, size: int, least: int) -> bool:
+    """Whether all floats are finite. As integers those that are not are the largest: with a sign as well as without."""
+    signed, unsigned = memory.view(f"i{size}"), memory.view(f"u{size}")
+    return bool(np.maximum.reduce(signed) < least and np.maximum.reduce(unsigned) < least + (1 << 8 * size - 1))
