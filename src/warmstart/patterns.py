@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,19 +24,22 @@ class Pattern:
     text: str
     glob: str = field(init=False)
     optional: bool = field(init=False)
-    _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         optional = self.text.startswith("?")
         glob = self.text[1:] if optional else self.text
         object.__setattr__(self, "optional", optional)
         object.__setattr__(self, "glob", glob)
-        # fnmatch.translate gives `(?s:...)\Z` (`\z` from Python 3.14 on); we end at a dot as well.
-        body = re.sub(r"\\[zZ]$", "", fnmatch.translate(glob))
-        object.__setattr__(self, "_regex", re.compile(rf"{body}(?:\.|\Z)"))
 
     def matches(self, name: str) -> bool:
-        return self._regex.match(name) is not None
+        return _compiled(self.glob).match(name) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(glob: str) -> re.Pattern[str]:
+    # fnmatch.translate gives `(?s:...)\Z` (`\z` from Python 3.14 on); we end at a dot as well.
+    body = re.sub(r"\\[zZ]$", "", fnmatch.translate(glob))
+    return re.compile(rf"{body}(?:\.|\Z)")
 
 
 def as_patterns(value: Patterns, *, where: str = "patterns") -> tuple[Pattern, ...]:

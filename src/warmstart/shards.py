@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from warmstart.errors import MappingError
+from warmstart.modules import every_module
 
 Shape = tuple[int, ...]
 Span = tuple[int, int]
@@ -219,13 +220,7 @@ def _fsdp_modules(model: nn.Module) -> list[nn.Module]:
     kind = _fsdp_type()
     if kind is None:
         return []
-    found: dict[nn.Module, None] = {}
-    left = [model]
-    while left:  # `modules()` recurses, once a level
-        if (module := left.pop()) not in found:
-            found[module] = None
-            left += [child for child in module._modules.values() if child is not None]
-    return [module for module in found if isinstance(module, kind)]
+    return [module for module in every_module(model) if isinstance(module, kind)]
 
 
 def _fsdp_params(model: nn.Module) -> Iterator[Any]:

@@ -154,11 +154,8 @@ class Checkpoint(ABC):
 
     def header_digest(self) -> str:
         """A SHA-256 of all names, shapes, dtypes and offsets: tells two files apart without reading their tensors."""
-        sha = hashlib.sha256()
-        for key in sorted(self._infos):
-            info = self._infos[key]
-            sha.update(f"{key}\0{info.shape}\0{info.dtype}\0{info.file}\0{info.offset}\n".encode("utf-8", "replace"))
-        return sha.hexdigest()
+        lines = (f"{k}\0{i.shape}\0{i.dtype}\0{i.file}\0{i.offset}\n" for k, i in sorted(self._infos.items()))
+        return hashlib.sha256("".join(lines).encode("utf-8", "replace")).hexdigest()
 
     def changed(self) -> str | None:
         """What changed on disk since this checkpoint was opened, in words; None if nothing did."""

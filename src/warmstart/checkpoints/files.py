@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -44,14 +44,9 @@ class MappedFile:
         self.size = len(self.map)
 
     @cached_property
-    def bytes(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The mapping's bytes."""
-        return np.frombuffer(self.map, np.uint8)
-
-    @cached_property
     def address(self) -> int:
         """Where the mapping starts in memory."""
-        return self.bytes.ctypes.data
+        return np.frombuffer(self.map, np.uint8).ctypes.data
 
     def check(self) -> None:
         # Touching a page beyond the end of a file that shrank kills the process.

@@ -47,9 +47,9 @@ class HeldBytes:
         return torch.frombuffer(bytearray(memoryview(self.data)[start:stop]), dtype=torch.uint8)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class StridedLeaf:
-    """A tensor laid out in bytes.
+    """A tensor laid out in bytes. (Not frozen: there is one for each key, and a frozen one takes three times as long to make.)
 
     Attributes:
         source: The bytes.
@@ -198,7 +198,7 @@ def check_extent(
 
 def unfolds_too_far(shape: Sequence[int]) -> bool:
     """Whether sizes multiply to more than torch can count in bytes, be one of them zero or not."""
-    return math.prod(size for size in shape if size) >= 1 << 58
+    return math.prod(filter(None, shape)) >= 1 << 58
 
 
 def swap_bytes(raw: Tensor, size: int) -> Tensor:

@@ -16,6 +16,7 @@ from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.load_hooks.trials import stand_in
 from warmstart.mapping.model.names import join, strip
 from warmstart.mapping.plan.plan import Plan
+from warmstart.modules import every_module
 from warmstart.shards import full_shape, is_sharded, mesh_device, offloaded, same_draws, shard_of
 from warmstart.tensors import same_bits
 
@@ -121,9 +122,9 @@ def uninitialisable(plan: Plan) -> list[str]:
 
 def on_meta(plan: Plan) -> dict[int, Tensor]:
     """The distinct tensors in scope that are on meta, and what is tied to them."""
-    scope = {name for part in plan.parts for name in part.scope}
-    entries = (plan.targets.entries[name] for name in plan.targets.entries if name in scope)
-    return {id(t.tensor): t.tensor for t in entries if not t.lazy and t.tensor.is_meta}
+    unborn = [target for target in plan.targets.entries.values() if target.tensor.is_meta and not target.lazy]
+    scope = {name for part in plan.parts for name in part.scope} if unborn else set()
+    return {id(target.tensor): target.tensor for target in unborn if target.name in scope}
 
 
 def _owners(plan: Plan) -> Iterator[_Owner]:
@@ -152,12 +153,14 @@ def _owners(plan: Plan) -> Iterator[_Owner]:
 
 def _transient(plan: Plan) -> set[str]:
     """Names of the non-persistent buffers that are on meta."""
-    return {
-        join(path, leaf)
-        for path, module in plan.model.named_modules()
-        for leaf in module._non_persistent_buffers_set
-        if (tensor := module._buffers.get(leaf)) is not None and tensor.is_meta
-    }
+    if not any(map(_unborn_buffers, every_module(plan.model))):
+        return set()
+    return {join(path, leaf) for path, module in plan.model.named_modules() for leaf in _unborn_buffers(module)}
+
+
+def _unborn_buffers(module: nn.Module) -> list[str]:
+    own = ((leaf, module._buffers.get(leaf)) for leaf in module._non_persistent_buffers_set)
+    return [leaf for leaf, tensor in own if tensor is not None and tensor.is_meta]
 
 
 def _held(module: nn.Module) -> dict[str, Tensor]:

@@ -114,7 +114,7 @@ class Values:
 def _is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in {Tensor, nn.Parameter}
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and tensor.layout == torch.strided
         and tensor.is_contiguous()
     )
@@ -187,10 +187,12 @@ class Digests:
 
 def span(tensor: Tensor) -> tuple[int, int]:
     """The bytes from a tensor's first to past its last element."""
-    if is_lazy(tensor) or not tensor.numel() or tensor.layout != torch.strided or tensor.device.type == "meta":
+    if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
         return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
 
 

@@ -82,7 +82,12 @@ class AdapterEntry:
 
 def base_child(module: nn.Module) -> str | None:
     """The child under which a module of PEFT keeps the base; None if it is no module of PEFT."""
-    return next((BASES[name] for name in _types(module) if name in BASES), None)
+    return _base_child(type(module))  # type: ignore[arg-type]  # a class has a hash
+
+
+@functools.cache
+def _base_child(kind: type[nn.Module]) -> str | None:
+    return next((BASES[name] for name in _qualified(kind) if name in BASES), None)
 
 
 def member_of_adapter(
