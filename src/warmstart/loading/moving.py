@@ -2,7 +2,7 @@
 
 What is compared in full goes from the mapped file, in chunks that fit a processor's cache: each is copied, compared and
 searched for NaN before the next one. What is copied alone the system reads straight into the model's memory, where it can: no
-page of the file has to be mapped for that.
+page of the file has to be mapped for that. What goes to a CUDA device goes through pinned memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from ctypes import memmove
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, local
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from warmstart.checkpoints.files import MappedFile, Place
+from warmstart.loading.staging import Stage
 from warmstart.mapping.plan.plan import Verify
 
 _CHUNK = 480 << 10  # bytes: with as many of the file they stay in a core's cache
@@ -125,6 +126,8 @@ class Mover:
         self._own: dict[MappedFile, _Own] = {}
         self._descriptors: dict[MappedFile, int] = {}
         self._opened = ExitStack()
+        self._stages = local()
+        self._ready: set[torch.device] = set()
         # As many as torch computes with here: where processes share a machine, they were told to share its cores.
         threads = min(torch.get_num_threads(), 8)
         self._pool = ThreadPoolExecutor(threads, "warmstart") if threads > 1 else None
@@ -166,8 +169,13 @@ class Mover:
         """
         copy = copy and self._copy
         file = place.file
-        if copy and self._verify != "full" and hasattr(os, "preadv") and file not in self._descriptors:
+        staged = not tensor.is_cpu
+        read = staged or (copy and self._verify != "full")
+        if read and hasattr(os, "preadv") and file not in self._descriptors:
             self._descriptors[file] = self._opened.enter_context(file.opened()).fileno()
+        if staged and tensor.device not in self._ready:  # what this thread has asked of the device comes first
+            torch.cuda.current_stream(tensor.device).synchronize()
+            self._ready.add(tensor.device)
         if self._verify != "off":
             self.compared.add(name)
         pieces = _pieces(_Entry(name, tensor, tensor.data_ptr(), place, copy))
@@ -211,16 +219,21 @@ class Mover:
     def _move(self, piece: _Piece) -> None:
         entry, start, stop = piece
         to, source, count = entry.address + start, _source(entry) + start, stop - start
-        if self._verify == "full":
+        if not entry.tensor.is_cpu:
+            self._move_through_stage(piece)
+        elif self._verify == "full":
             self._move_in_chunks(entry, to, source, count)
-            return
-        if entry.copy:
-            if (descriptor := self._descriptors.get(entry.place.file)) is not None:
-                _fill(_memory(to, count), descriptor, entry.place.start + start)
-            else:
-                memmove(to, source, count)
-        if self._verify == "sample" and not _alike(_memory(to, count), _memory(source, count)):
-            self.different.add(entry.name)
+        else:
+            if entry.copy:
+                self._read(entry, start, count, to)
+            if self._verify == "sample" and _sampled(_memory(to, count)) != _sampled(_memory(source, count)):
+                self.different.add(entry.name)
+
+    def _read(self, entry: _Entry, start: int, count: int, to: int) -> None:
+        if (descriptor := self._descriptors.get(entry.place.file)) is not None:
+            _fill(_memory(to, count), descriptor, entry.place.start + start)
+        else:
+            memmove(to, _source(entry) + start, count)
 
     def _move_in_chunks(self, entry: _Entry, to: int, source: int, count: int) -> None:
         dtype = entry.tensor.dtype
@@ -235,6 +248,38 @@ class Mover:
             if not finite and not (size and _all_below(_memory(to + start, length), size, least)):
                 self.infinite.add(entry.name)
                 finite = True  # enough is known of it
+
+    def _move_through_stage(self, piece: _Piece) -> None:
+        entry, start, stop = piece
+        dtype = entry.tensor.dtype
+        whole, full = entry.tensor.detach().view(-1).view(torch.uint8), self._verify == "full"
+        size, least = _BEYOND.get(dtype, (0, 0))
+        finite = not (full and self._copy and (dtype.is_floating_point or dtype.is_complex))
+        for begin in range(start, stop, Stage.size) if entry.copy or full else ():
+            stage = self._stage(entry.tensor.device)
+            to = whole[begin : min(begin + Stage.size, stop)]
+            self._read(entry, begin, to.numel(), stage.address)
+            if entry.copy:
+                stage.put(to)
+            if full:
+                same = stage.is_at(to)
+            else:
+                same = self._verify == "off" or _same_sample(to, _memory(stage.address, to.numel()))
+            if not same:
+                self.different.add(entry.name)
+            if not finite and not (size and stage.all_finite(to, size, least)):
+                self.infinite.add(entry.name)
+                finite = True  # enough is known of it
+        if not entry.copy and self._verify == "sample":
+            if not _same_sample(whole[start:stop], _memory(_source(entry) + start, stop - start)):
+                self.different.add(entry.name)
+
+    def _stage(self, device: torch.device) -> Stage:
+        mine = self._stages.__dict__
+        if str(device) not in mine:
+            mine[str(device)] = Stage(device)
+        stage: Stage = mine[str(device)]
+        return stage
 
 
 def _pieces(entry: _Entry) -> list[_Piece]:
@@ -261,12 +306,22 @@ def _fill(left: memoryview, descriptor: int, start: int) -> None:
         left, start = left[count:], start + count
 
 
-def _alike(a: memoryview, b: memoryview) -> bool:
-    """Whether a sample is the same: runs of bytes spread evenly, and the last ones."""
-    rows = len(a) // _RUN
-    step = rows // _RUNS | 1  # odd, so that the sample does not run down one column
-    first, other = (np.frombuffer(each, f"V{_RUN}", rows)[::step].tobytes() + each[-_RUN:] for each in (a, b))
-    return first == other
+def _sampled(memory: memoryview) -> bytes:
+    """Runs of bytes spread evenly, and the last ones."""
+    rows, step = _spread(len(memory))
+    return np.frombuffer(memory, f"V{_RUN}", rows)[::step].tobytes() + memory[-_RUN:]
+
+
+def _same_sample(there: Tensor, memory: memoryview) -> bool:
+    """Whether bytes on a device have the same sample."""
+    rows, step = _spread(there.numel())
+    held = torch.cat([there[: rows * _RUN].view(rows, _RUN)[::step].reshape(-1), there[-_RUN:]])
+    return held.cpu().numpy().tobytes() == _sampled(memory)
+
+
+def _spread(count: int) -> tuple[int, int]:
+    rows = count // _RUN
+    return rows, rows // _RUNS | 1  # odd, so that the sample does not run down one column
 
 
 def _all_below(memory: memoryview, size: int, least: int) -> bool:

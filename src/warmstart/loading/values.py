@@ -80,7 +80,7 @@ class Values:
     def place(self, assignment: Assignment, current: Shard) -> Place | None:
         """Where in a file the bytes lie that `current` should hold, to be moved as they are.
 
-        None where the value is made for the entry, or where the entry is more than a piece of this machine's memory.
+        None where the value is made for the entry, or where the entry is more than a piece of memory.
         """
         if assignment.adapter or assignment.conversion or assignment.fill is not None or assignment.cast is not None:
             return None
@@ -114,7 +114,7 @@ class Values:
 def _is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in {Tensor, nn.Parameter}
-        and tensor.is_cpu
+        and (tensor.is_cpu or tensor.is_cuda)
         and tensor.layout == torch.strided
         and tensor.is_contiguous()
     )

@@ -78,7 +78,7 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
                     others = plan.targets.groups.get(target.canonical, [])
                     place = None if others else values.place(assignment, shard)
                     if place is not None:
-                        put = mover.assign if id(shard.local) in unborn else mover.add
+                        put = mover.assign if id(shard.local) in unborn and shard.local.is_cpu else mover.add
                         put(assignment.target, shard.local, place)
                         continue
                     value = values.planned(assignment, shard)
