@@ -261,18 +261,19 @@ class Mover:
             self._read(entry, begin, to.numel(), stage.address)
             if entry.copy:
                 stage.put(to)
-            if full:
-                same = stage.is_at(to)
-            else:
-                same = self._verify == "off" or _same_sample(to, _memory(stage.address, to.numel()))
-            if not same:
+            if not self._agrees(to, stage):
                 self.different.add(entry.name)
             if not finite and not (size and stage.all_finite(to, size, least)):
                 self.infinite.add(entry.name)
                 finite = True  # enough is known of it
-        if not entry.copy and self._verify == "sample":
-            if not _same_sample(whole[start:stop], _memory(_source(entry) + start, stop - start)):
-                self.different.add(entry.name)
+        there = _memory(_source(entry) + start, stop - start)
+        if not (entry.copy or full) and not _same_sample(whole[start:stop], there):
+            self.different.add(entry.name)
+
+    def _agrees(self, to: Tensor, stage: Stage) -> bool:
+        if self._verify == "full":
+            return stage.is_at(to)
+        return self._verify == "off" or _same_sample(to, _memory(stage.address, to.numel()))
 
     def _stage(self, device: torch.device) -> Stage:
         mine = self._stages.__dict__
