@@ -131,7 +131,9 @@ def _leaf(source: ByteSource, where: str, name: str, entry: object, data_start: 
     (begin, end), sizes = offsets, tuple(shape)
     need = math.prod(sizes) * dtype.itemsize
     if end - begin != need:
-        raise _damaged(where, f"{shown(name)} with shape {sizes} of {code} needs {need:,} bytes and has {end - begin:,}")
+        raise _damaged(
+            where, f"{shown(name)} with shape {sizes} of {code} needs {need:,} bytes and has {end - begin:,}"
+        )
     return StridedLeaf(source, data_start + begin, sizes, dtype, row_major(sizes)), begin, end
 
 
