@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-import os
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +73,8 @@ class PatternSet:
                 self._globs.append(i)
             else:
                 self._paths.setdefault(pattern.glob, []).append(i)
-        self._start = os.path.commonprefix(list(self._paths))
+        ends = zip(min(self._paths, default=""), max(self._paths, default=""), strict=False)
+        self._start = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
 
     def __bool__(self) -> bool:
         return bool(self.patterns)
