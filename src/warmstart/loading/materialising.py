@@ -128,11 +128,11 @@ def on_meta(plan: Plan) -> dict[int, Tensor]:
 
 def _owners(plan: Plan) -> Iterator[_Owner]:
     """The modules in scope that have tensors on meta without a value, in the model's order."""
-    if not on_meta(plan) and not _transient(plan):
-        return
     # An alias is the same tensor as the entry that is written in its place.
     written = (a for a in plan.assignments if a.alias_of is None and not a.keeps)
     whole = {id(plan.targets.entries[a.target].tensor) for a in written}
+    if on_meta(plan).keys() <= whole and not _transient(plan):
+        return
     scope = {name for part in plan.parts for name in part.scope}
     roots = [plan.targets.clean_paths.get(part.pretrained.into, part.pretrained.into) for part in plan.parts]
     met: set[int] = set()

@@ -73,7 +73,8 @@ class Plan(Buckets, Generic[R]):
     @property
     def held_rows(self) -> dict[str, Tensor | None]:
         """Entries of which only the rows that do not come from the checkpoint train; its rows as booleans, None: all."""
-        return {a.target: a.loaded for a in self.assignments if isinstance(a.adapter, MapRows) and a.adapter.freeze_old}
+        adapted = (a for a in self.assignments if a.adapter is not None)
+        return {a.target: a.loaded for a in adapted if isinstance(a.adapter, MapRows) and a.adapter.freeze_old}
 
     @property
     def prefix(self) -> tuple[str, str] | None:
