@@ -21,6 +21,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from warmstart.checkpoints.files import MappedFile, Place
 from warmstart.mapping.plan.plan import Verify
@@ -171,6 +172,8 @@ class Mover:
         file = place.file
         if copy and self._verify != "full" and hasattr(os, "preadv") and file not in self._descriptors:
             self._descriptors[file] = self._opened.enter_context(file.opened()).fileno()
+        if copy:
+            increment_version(tensor)  # written to past torch: a backward that has it saved must know
         if self._verify != "off":
             self.compared.add(name)
         pieces = _pieces(_Entry(name, tensor, tensor.data_ptr(), place, copy))
