@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ class PatternSet:
                 self._globs.append(i)
             else:
                 self._paths.setdefault(pattern.glob, []).append(i)
+        ends = zip(min(self._paths, default=""), max(self._paths, default=""), strict=False)
+        self._start = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
 
     def __bool__(self) -> bool:
         return bool(self.patterns)
@@ -80,7 +83,7 @@ class PatternSet:
         """Indices of the patterns that match any of these spellings of one entry; each is marked as hit."""
         found: set[int] = set()
         for name in names:
-            end = len(name) if self._paths else -1
+            end = len(name) if self._paths and name.startswith(self._start) else -1
             while end >= 0:
                 if hits := self._paths.get(name[:end]):
                     found.update(hits)

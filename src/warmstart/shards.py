@@ -240,6 +240,8 @@ def is_partition(tensor: Tensor) -> bool:
 
 
 def _is_dtensor(tensor: object) -> bool:
+    if type(tensor) in {Tensor, nn.Parameter}:
+        return False
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, getattr(distributed, "DTensor", ()))
 

@@ -82,6 +82,17 @@ def test_a_copy_without_a_comparison_is_read_as_the_system_can(tmp_path, monkeyp
     assert (len(asked) > len(state)) == (most is not None)
 
 
+@pytest.mark.parametrize("verify", ["full", "sample", "off"])
+def test_a_backward_that_has_saved_a_parameter_is_told_of_the_load(tmp_path, verify):
+    model = nn.Linear(3, 3)
+    save_file({"weight": torch.ones(3, 3), "bias": torch.ones(3)}, tmp_path / "w.safetensors")
+    value = torch.ones(1, 3, requires_grad=True)
+    loss = model(value).sum()
+    warmstart.load(model, tmp_path / "w.safetensors", verify=verify)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_file_that_shrinks_or_is_replaced_under_the_reader_is_an_error(tmp_path, monkeypatch):
     path = tmp_path / "w.safetensors"
     save_file({"a": torch.ones(4)}, path)

@@ -160,12 +160,9 @@ def _bytes(source: ByteSource, start: int, stop: int) -> bytes:
 
 
 def _naturals(value: object) -> bool:
-    if type(value) is not list:
+    if type(value) is not list or not {*map(type, value)} <= {int}:
         return False
-    for number in value:
-        if type(number) is not int or not 0 <= number < 1 << 62:
-            return False
-    return True
+    return not value or (min(value) >= 0 and max(value) < 1 << 62)
 
 
 def _damaged(where: str, what: str) -> CheckpointError:

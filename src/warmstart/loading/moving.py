@@ -21,6 +21,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from warmstart.checkpoints.files import MappedFile, Place
 from warmstart.loading.staging import Stage
@@ -149,7 +150,10 @@ class Mover:
         if not own.claim(start, stop):
             self.add(name, tensor, place)
             return
-        tensor.data = own.file.take(start, stop, tensor.element_size()).view(tensor.dtype).view(tensor.shape)
+        own.file.check()
+        tensor.data = torch.frombuffer(own.file.map, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(
+            tensor.shape
+        )
         if self._verify == "off":
             self.done.append(name)
         else:
@@ -176,6 +180,8 @@ class Mover:
         if staged and tensor.device not in self._ready:  # what this thread has asked of the device comes first
             torch.cuda.current_stream(tensor.device).synchronize()
             self._ready.add(tensor.device)
+        if copy:
+            increment_version(tensor)  # written to past torch: a backward that has it saved must know
         if self._verify != "off":
             self.compared.add(name)
         pieces = _pieces(_Entry(name, tensor, tensor.data_ptr(), place, copy))

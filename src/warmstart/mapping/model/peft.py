@@ -37,6 +37,7 @@ _INFIXES = {
     "original_module": r"original_module",
     "token_adapter": r"token_adapter(?=\.(?:base_layer|trainable_tokens_\w+)(?:\.|$))",
 }
+PEFT_SEGMENTS = frozenset({"base_model", *_INFIXES})
 
 # What is saved of a prompt encoder, which is computed into its embedding.
 _SAVED_PROMPTS = {
@@ -87,7 +88,7 @@ def base_child(module: nn.Module) -> str | None:
 
 @functools.cache
 def _base_child(kind: type[nn.Module]) -> str | None:
-    return next((BASES[name] for name in _qualified(kind) if name in BASES), None)
+    return next((BASES[name] for name in _qualified(kind) if name in BASES), None)  # type: ignore[arg-type]
 
 
 def member_of_adapter(

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from warmstart.errors import MappingError, TimingError
 from warmstart.mapping.model.names import WRAPPER_SEGMENTS, join, without_wrappers, wrapped_child
-from warmstart.mapping.model.peft import AdapterEntry, base_child, cleaner, member_of_adapter, prefix_of
+from warmstart.mapping.model.peft import PEFT_SEGMENTS, AdapterEntry, base_child, cleaner, member_of_adapter, prefix_of
 from warmstart.modules import every_module
 from warmstart.shards import full_shape, is_sharded, sharded_behind
 
@@ -129,7 +129,12 @@ class Targets:
         """What takes wrapper segments out of a checkpoint's keys, wherever the model's own names do not have them."""
         own = self.clean_segments()
         segments, without_peft = WRAPPER_SEGMENTS - own, cleaner(self.peft_prefixes, own)
-        return lambda key: without_peft(without_wrappers(key, segments))
+        of_others = segments | PEFT_SEGMENTS
+
+        def clean(key: str) -> str:
+            return key if of_others.isdisjoint(key.split(".")) else without_peft(without_wrappers(key, segments))
+
+        return clean
 
     def follow(self, model: nn.Module) -> None:
         """Let go of the whole tensors that an engine has put shards in the place of, so that their memory is free."""
