@@ -2,30 +2,68 @@
 
 `python benchmarks/gpu.py [--blocks 24] [--rounds 7]`. All runs are in one process, in turns, since a process' first use of a
 device costs seconds; the file is in the page cache, the device is waited for, and one round comes first that does not count.
-The limit is the bytes of the file read by threads into pinned buffers and copied from there, nothing known or checked.
+`fastsafetensors` is measured if it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from threading import local
 
+import accelerate
 import safetensors.torch
 import torch
 from harness import into_cache, machine
 from models import Transformer, on_meta, write_safetensors
-from torch import nn
+from torch import Tensor, nn
 
 import warmstart
+from loading import places
 
 
 def on_gpu(blocks: int) -> nn.Module:
     return on_meta(partial(Transformer, blocks)).to_empty(device="cuda")
+
+
+def pinned(model: nn.Module, path: Path, threads: int = 8, size: int = 8 << 20) -> None:
+    """The limit: threads read the file into pinned memory, from which the device copies."""
+    at, own, jobs = places(path), local(), []
+    for name, tensor in model.state_dict().items():
+        offset, count = at[name]
+        memory = tensor.view(-1).view(torch.uint8)
+        jobs += [(memory[start : start + size], offset + start) for start in range(0, count, size)]
+
+    def move(job: tuple[Tensor, int]) -> None:
+        to, offset = job
+        if not hasattr(own, "buffer"):
+            own.buffer, own.stream = torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Stream()
+        os.preadv(file.fileno(), [own.buffer.numpy().data[: to.numel()]], offset)
+        with torch.cuda.stream(own.stream):
+            to.copy_(own.buffer[: to.numel()], non_blocking=True)
+        own.stream.synchronize()
+
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(threads) as pool:
+        list(pool.map(move, jobs))
+
+
+def fast_safetensors(model: nn.Module, path: Path) -> None:
+    library = import_module("fastsafetensors")
+    loader = library.SafeTensorsFileLoader(library.SingleGroup(), torch.device("cuda:0"), nogds=True)
+    loader.add_filenames({0: [str(path)]})
+    buffer = loader.copy_files_to_device()
+    model.load_state_dict({name: buffer.get_tensor(name) for name in buffer.key_to_rank_lidx})
+    buffer.close()
+    loader.close()
 
 
 def main() -> None:
@@ -44,10 +82,17 @@ def main() -> None:
                 safetensors.torch.load_file(path, device="cuda")
             ),
             "load_file, load_state_dict": lambda: model.load_state_dict(safetensors.torch.load_file(path)),
+            "accelerate.load_checkpoint_in_model": lambda: accelerate.load_checkpoint_in_model(model, str(path)),
+            "fastsafetensors, load_state_dict": lambda: fast_safetensors(model, path),
+            "bare read through pinned memory": lambda: pinned(model, path),
             "warmstart, off": lambda: warmstart.load(model, path, verify="off"),
             "warmstart, sample": lambda: warmstart.load(model, path, verify="sample"),
             "warmstart, full": lambda: warmstart.load(model, path, verify="full"),
         }
+        if find_spec("fastsafetensors") is None:
+            del contestants["fastsafetensors, load_state_dict"]
+        report = warmstart.load(model, path, verify="off")
+        contestants["warmstart, check at train start"] = lambda: report.check(model)
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         peaks = dict.fromkeys(contestants, 0)
         for turn in range(options.rounds + 1):

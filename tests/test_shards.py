@@ -57,6 +57,20 @@ def test_positions_are_those_of_torch(size, placements, mesh):
     assert sorted(seen) == sorted(list(range(size)) * copies)
 
 
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (3, 1, 5), (2, 3, 4)])
+def test_a_region_is_a_run_exactly_where_nothing_lies_between_its_elements(shape):
+    whole = torch.arange(math.prod(shape)).view(shape)
+    spans = [
+        [((a, b),) for a in range(n) for b in range(a + 1, n + 1)] + [((0, 1), (n - 1, n))] * (n > 2) for n in shape
+    ]
+    for each in itertools.product(*spans):
+        taken = Box(each).take(whole).flatten().tolist()
+        first = taken[0]
+        together = taken == list(range(first, first + len(taken))) and all(len(dim) == 1 for dim in each)
+        assert Box(each).run(shape) == ((first, first + len(taken)) if together else None)
+    assert Run(shape, 1, 5).run(shape) == (1, 5)
+
+
 def test_a_box_reads_one_slice_for_each_product_of_spans():
     whole = torch.arange(60).reshape(6, 10)
     box = Box((((0, 2), (4, 5)), ((1, 3), (6, 9))))

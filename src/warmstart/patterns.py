@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,19 +25,22 @@ class Pattern:
     text: str
     glob: str = field(init=False)
     optional: bool = field(init=False)
-    _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         optional = self.text.startswith("?")
         glob = self.text[1:] if optional else self.text
         object.__setattr__(self, "optional", optional)
         object.__setattr__(self, "glob", glob)
-        # fnmatch.translate gives `(?s:...)\Z` (`\z` from Python 3.14 on); we end at a dot as well.
-        body = re.sub(r"\\[zZ]$", "", fnmatch.translate(glob))
-        object.__setattr__(self, "_regex", re.compile(rf"{body}(?:\.|\Z)"))
 
     def matches(self, name: str) -> bool:
-        return self._regex.match(name) is not None
+        return _compiled(self.glob).match(name) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(glob: str) -> re.Pattern[str]:
+    # fnmatch.translate gives `(?s:...)\Z` (`\z` from Python 3.14 on); we end at a dot as well.
+    body = re.sub(r"\\[zZ]$", "", fnmatch.translate(glob))
+    return re.compile(rf"{body}(?:\.|\Z)")
 
 
 def as_patterns(value: Patterns, *, where: str = "patterns") -> tuple[Pattern, ...]:
@@ -68,6 +73,8 @@ class PatternSet:
                 self._globs.append(i)
             else:
                 self._paths.setdefault(pattern.glob, []).append(i)
+        ends = zip(min(self._paths, default=""), max(self._paths, default=""), strict=False)
+        self._start = "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], ends))
 
     def __bool__(self) -> bool:
         return bool(self.patterns)
@@ -76,7 +83,7 @@ class PatternSet:
         """Indices of the patterns that match any of these spellings of one entry; each is marked as hit."""
         found: set[int] = set()
         for name in names:
-            end = len(name) if self._paths else -1
+            end = len(name) if self._paths and name.startswith(self._start) else -1
             while end >= 0:
                 if hits := self._paths.get(name[:end]):
                     found.update(hits)

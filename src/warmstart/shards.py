@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from warmstart.errors import MappingError
+from warmstart.modules import every_module
 
 Shape = tuple[int, ...]
 Span = tuple[int, int]
@@ -22,9 +23,8 @@ Span = tuple[int, int]
 class Region(Protocol):
     """Which elements of a tensor a process holds."""
 
-    @property
-    def in_one(self) -> bool:
-        """Whether one slice has them all, so that what is read of memory is a view of it."""
+    def run(self, shape: Shape) -> Span | None:
+        """The first and past the last of them as they lie in a row-major tensor of this shape; None if others lie between."""
 
     def take(self, whole: Tensor) -> Tensor:
         """Of the whole tensor, the part that is held, in the shape it is held in."""
@@ -43,9 +43,14 @@ class Box:
 
     spans: tuple[tuple[Span, ...], ...]
 
-    @property
-    def in_one(self) -> bool:
-        return all(len(each) == 1 for each in self.spans)
+    def run(self, shape: Shape) -> Span | None:
+        start, count = 0, 1
+        for size, spans in zip(shape, self.spans, strict=True):
+            (first, last), *others = spans
+            if others or (count > 1 and last - first < size):
+                return None
+            start, count = start * size + first, count * (last - first)
+        return start, start + count
 
     def take(self, whole: Tensor) -> Tensor:
         return self.read(lambda index: whole[index])
@@ -73,9 +78,8 @@ class Run:
     start: int
     stop: int
 
-    @property
-    def in_one(self) -> bool:
-        return True
+    def run(self, shape: Shape) -> Span | None:
+        return self.start, self.stop
 
     def take(self, whole: Tensor) -> Tensor:
         return whole.reshape(-1)[self.start : self.stop]
@@ -216,13 +220,7 @@ def _fsdp_modules(model: nn.Module) -> list[nn.Module]:
     kind = _fsdp_type()
     if kind is None:
         return []
-    found: dict[nn.Module, None] = {}
-    left = [model]
-    while left:  # `modules()` recurses, once a level
-        if (module := left.pop()) not in found:
-            found[module] = None
-            left += [child for child in module._modules.values() if child is not None]
-    return [module for module in found if isinstance(module, kind)]
+    return [module for module in every_module(model) if isinstance(module, kind)]
 
 
 def _fsdp_params(model: nn.Module) -> Iterator[Any]:
@@ -242,6 +240,8 @@ def is_partition(tensor: Tensor) -> bool:
 
 
 def _is_dtensor(tensor: object) -> bool:
+    if type(tensor) in {Tensor, nn.Parameter}:
+        return False
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, getattr(distributed, "DTensor", ()))
 

@@ -87,6 +87,51 @@ def test_large_tensors_of_odd_sizes_and_views(tmp_path):
         assert_same(model, state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("at", [0, 3_000_000, -1])
+def test_what_is_wrong_with_one_element_of_many_is_seen(tmp_path, dtype, at):
+    """Of several pieces: a value that is not finite is noted, one that was written to is named."""
+    good = torch.randn(6_000_001).to(dtype)
+    odd = good.clone()
+    odd[at] = float("nan")
+    for name, tensor in (("good", good), ("odd", odd)):
+        save_file({"w": tensor}, tmp_path / f"{name}.safetensors")
+    model = nn.ParameterDict({"w": nn.Parameter(torch.empty_like(good), requires_grad=False)}).cuda()
+    assert any("non-finite" in note for note in warmstart.load(model, tmp_path / "odd.safetensors").notes)
+    report = warmstart.load(model, tmp_path / "good.safetensors")
+    assert not any("non-finite" in note for note in report.notes)
+    report.check(model)
+    with torch.no_grad():
+        model["w"].view(torch.uint8 if dtype.itemsize == 1 else dtype)[at] = 3
+    with pytest.raises(VerificationError, match="w"):
+        report.check(model)
+
+
+def test_a_sample_sees_a_tensor_that_was_initialised_anew(tmp_path):
+    save_file({"weight": torch.randn(3000, 2000)}, tmp_path / "w.safetensors")
+    model = nn.Linear(2000, 3000, bias=False).cuda()
+    report = warmstart.load(model, tmp_path / "w.safetensors", verify="sample")
+    report.check(model)
+    model.reset_parameters()
+    with pytest.raises(VerificationError, match="weight"):
+        report.check(model)
+
+
+def test_what_the_device_was_asked_before_does_not_come_after(tmp_path):
+    state = {"weight": torch.randn(2048, 2048)}
+    save_file(state, tmp_path / "w.safetensors")
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            model = nn.Linear(2048, 2048, bias=False, device="cuda")
+            torch.cuda._sleep(500_000_000)
+            nn.init.zeros_(model.weight)
+            warmstart.load(model, tmp_path / "w.safetensors", verify="off")
+            doubled = model.weight * 2
+        torch.cuda.synchronize()
+        assert_same(model, state)
+        assert torch.equal(doubled.detach().cpu(), state["weight"] * 2)
+
+
 def test_values_that_no_number_equals_are_compared_by_their_bits(tmp_path):
     save_file({"weight": torch.tensor([[float("nan"), -0.0], [float("inf"), 1.0]])}, tmp_path / "w.safetensors")
     model = nn.Linear(2, 2, bias=False).cuda()

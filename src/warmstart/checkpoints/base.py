@@ -11,7 +11,7 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
-from warmstart.checkpoints.files import FileStamp, MappedFile
+from warmstart.checkpoints.files import FileStamp, Place
 from warmstart.errors import CheckpointError
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
@@ -94,8 +94,8 @@ class Checkpoint(ABC):
     def _read(self, key: str, index: Index | None) -> Tensor:
         """One tensor, or a slice of it, on the CPU. May share memory with the source: callers do not write to it."""
 
-    def mapped(self, key: str) -> MappedFile | None:
-        """The mapped file that `read` gives a view of, for this key, without a copy; None where it makes a tensor anew."""
+    def place(self, key: str) -> Place | None:
+        """Where in a mapped file a tensor lies as `read` gives it; None where it is made anew."""
         return None
 
     @property
@@ -154,11 +154,8 @@ class Checkpoint(ABC):
 
     def header_digest(self) -> str:
         """A SHA-256 of all names, shapes, dtypes and offsets: tells two files apart without reading their tensors."""
-        sha = hashlib.sha256()
-        for key in sorted(self._infos):
-            info = self._infos[key]
-            sha.update(f"{key}\0{info.shape}\0{info.dtype}\0{info.file}\0{info.offset}\n".encode("utf-8", "replace"))
-        return sha.hexdigest()
+        lines = (f"{k}\0{i.shape}\0{i.dtype}\0{i.file}\0{i.offset}\n" for k, i in sorted(self._infos.items()))
+        return hashlib.sha256("".join(lines).encode("utf-8", "replace")).hexdigest()
 
     def changed(self) -> str | None:
         """What changed on disk since this checkpoint was opened, in words; None if nothing did."""

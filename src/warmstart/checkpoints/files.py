@@ -7,9 +7,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,11 +43,10 @@ class MappedFile:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.size = len(self.map)
 
-    @property
+    @cached_property
     def address(self) -> int:
         """Where the mapping starts in memory."""
-        with torch.device("cpu"):
-            return torch.frombuffer(self.map, dtype=torch.uint8, count=1).data_ptr()
+        return np.frombuffer(self.map, np.uint8).ctypes.data
 
     def check(self) -> None:
         # Touching a page beyond the end of a file that shrank kills the process.
@@ -98,3 +99,11 @@ class MappedFile:
         self.check()
         raw = torch.frombuffer(self.map, dtype=torch.uint8, count=stop - start, offset=start)
         return raw.clone() if start % alignment else raw
+
+
+class Place(NamedTuple):
+    """The bytes of a mapped file, from `start` to `stop`, that are a tensor's as they lie there."""
+
+    file: MappedFile
+    start: int
+    stop: int

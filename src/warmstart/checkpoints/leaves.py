@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from warmstart.checkpoints.base import Checkpoint, Index, TensorInfo
-from warmstart.checkpoints.files import FileStamp, MappedFile
+from warmstart.checkpoints.files import FileStamp, MappedFile, Place
 
 MAX_DIMS = 64
 OVERLAP_LIMIT = 64 << 20
@@ -47,9 +47,9 @@ class HeldBytes:
         return torch.frombuffer(bytearray(memoryview(self.data)[start:stop]), dtype=torch.uint8)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class StridedLeaf:
-    """A tensor laid out in bytes.
+    """A tensor laid out in bytes. (Not frozen: there is one for each key, and a frozen one takes three times as long to make.)
 
     Attributes:
         source: The bytes.
@@ -139,12 +139,14 @@ class LeafCheckpoint(Checkpoint):
     def leaves(self) -> Iterable[tuple[str, Leaf]]:
         return self._leaves.items()
 
-    def mapped(self, key: str) -> MappedFile | None:
+    def place(self, key: str) -> Place | None:
         leaf = self._leaves[key]
         if not isinstance(leaf, StridedLeaf) or type(leaf.source) is not MappedFile:
             return None
-        changes = leaf.swapped or leaf.conjugate or leaf.negative or leaf.start % leaf.dtype.itemsize
-        return None if changes else leaf.source
+        size = leaf.dtype.itemsize
+        if leaf.swapped or leaf.conjugate or leaf.negative or leaf.start % size or leaf.stride != row_major(leaf.shape):
+            return None
+        return Place(leaf.source, leaf.start, leaf.start + math.prod(leaf.shape) * size)
 
     def _read(self, key: str, index: Index | None) -> Tensor:
         return self._leaves[key].read(index)
@@ -196,7 +198,7 @@ def check_extent(
 
 def unfolds_too_far(shape: Sequence[int]) -> bool:
     """Whether sizes multiply to more than torch can count in bytes, be one of them zero or not."""
-    return math.prod(size for size in shape if size) >= 1 << 58
+    return math.prod(filter(None, shape)) >= 1 << 58
 
 
 def swap_bytes(raw: Tensor, size: int) -> Tensor:

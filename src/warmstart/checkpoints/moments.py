@@ -9,7 +9,8 @@ from warmstart.checkpoints.base import Checkpoint
 from warmstart.checkpoints.walking import is_optimizer_name
 from warmstart.showing import counted, listed
 
-_MOMENT: Final = re.compile(r"(.+)[./](?:exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer)", re.DOTALL)
+_NAMES: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+_MOMENT: Final = re.compile(rf"(.+)[./](?:{'|'.join(_NAMES)})", re.DOTALL)
 
 
 def leave_moments(checkpoint: Checkpoint) -> None:
@@ -26,7 +27,7 @@ def leave_moments(checkpoint: Checkpoint) -> None:
 
 
 def _is_moment(key: str, checkpoint: Checkpoint) -> bool:
-    if is_optimizer_name(re.split("[./]", key, maxsplit=1)[0]) and re.search("[./]", key):
+    if is_optimizer_name(key) and re.search("[./]", key):
         return True
-    match = _MOMENT.fullmatch(key)
+    match = _MOMENT.fullmatch(key) if key.endswith(_NAMES) else None
     return match is not None and match[1] in checkpoint

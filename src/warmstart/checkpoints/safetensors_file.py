@@ -49,6 +49,8 @@ for _name, _torch in {
     if hasattr(torch, _torch):
         _DTYPES[_name] = getattr(torch, _torch)
 
+_FIELDS: Final = {"dtype", "shape", "data_offsets"}
+
 
 def open_safetensors(file: MappedFile, *, checkpoint_key: str | None) -> LeafCheckpoint:
     """Open a safetensors file.
@@ -113,7 +115,7 @@ def _read_header(source: ByteSource, where: str) -> tuple[dict[str, Any], int]:
 
 
 def _leaf(source: ByteSource, where: str, name: str, entry: object, data_start: int) -> tuple[StridedLeaf, int, int]:
-    if type(entry) is not dict or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if type(entry) is not dict or entry.keys() != _FIELDS:
         raise _damaged(where, f"the entry of {shown(name)} does not have exactly dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = _DTYPES.get(code) if type(code) is str else None
@@ -126,13 +128,13 @@ def _leaf(source: ByteSource, where: str, name: str, entry: object, data_start: 
         raise _damaged(where, f"the shape of {shown(name)} is not a list of at most {MAX_DIMS} possible sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _damaged(where, f"the data_offsets of {shown(name)} are not two rising positions")
-    begin, end = offsets
-    need = math.prod(shape) * dtype.itemsize
+    (begin, end), sizes = offsets, tuple(shape)
+    need = math.prod(sizes) * dtype.itemsize
     if end - begin != need:
         raise _damaged(
-            where, f"{shown(name)} with shape {tuple(shape)} of {code} needs {need:,} bytes and has {end - begin:,}"
+            where, f"{shown(name)} with shape {sizes} of {code} needs {need:,} bytes and has {end - begin:,}"
         )
-    return StridedLeaf(source, data_start + begin, tuple(shape), dtype, row_major(shape)), begin, end
+    return StridedLeaf(source, data_start + begin, sizes, dtype, row_major(sizes)), begin, end
 
 
 def _check_places(size: int, where: str, places: list[tuple[int, int, str]], data_start: int) -> None:
@@ -158,7 +160,9 @@ def _bytes(source: ByteSource, start: int, stop: int) -> bytes:
 
 
 def _naturals(value: object) -> bool:
-    return type(value) is list and all(type(number) is int and 0 <= number < 1 << 62 for number in value)
+    if type(value) is not list or not {*map(type, value)} <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) < 1 << 62)
 
 
 def _damaged(where: str, what: str) -> CheckpointError:

@@ -16,6 +16,7 @@ from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.load_hooks.trials import stand_in
 from warmstart.mapping.model.names import join, strip
 from warmstart.mapping.plan.plan import Plan
+from warmstart.modules import every_module
 from warmstart.shards import full_shape, is_sharded, mesh_device, offloaded, same_draws, shard_of
 from warmstart.tensors import same_bits
 
@@ -58,17 +59,16 @@ def materialise(plan: Plan) -> list[str]:
             elif full_shape(tensor) != assignment.shape:  # an observer's, which takes the shape of what it is given
                 tensor.resize_(assignment.shape)
         own = [(owner, _held(owner.module)) for owner in owners]
-        was_real = {
-            id(t) for t in [*plan.model.parameters(), *plan.model.buffers()] if not is_lazy(t) and not t.is_meta
-        }
+        was_real = {id(t) for module in every_module(plan.model) for t in _held(module).values() if not t.is_meta}
         on_cpu = offloaded(plan.model)
+        home, cpu = _default_device(), torch.device("cpu")
         with _weak_references(plan.model):
             for tensor in on_meta(plan).values():
-                _swap(tensor, _real(tensor, torch.device("cpu") if id(tensor) in on_cpu else None))
+                _swap(tensor, _real(tensor, cpu if id(tensor) in on_cpu else mesh_device(tensor) or home))
             for owner, held in own:
                 for leaf in owner.leaves:
                     if held[leaf].is_meta:
-                        _swap(held[leaf], _real(held[leaf]))
+                        _swap(held[leaf], _real(held[leaf], mesh_device(held[leaf]) or home))
         for owner, _ in own:
             # An owner may initialise what is below it as well: what had a value keeps it.
             below = [t for m in owner.module.modules() for t in _held(m).values() if id(t) in was_real]
@@ -121,22 +121,22 @@ def uninitialisable(plan: Plan) -> list[str]:
 
 def on_meta(plan: Plan) -> dict[int, Tensor]:
     """The distinct tensors in scope that are on meta, and what is tied to them."""
-    scope = {name for part in plan.parts for name in part.scope}
-    entries = (plan.targets.entries[name] for name in plan.targets.entries if name in scope)
-    return {id(t.tensor): t.tensor for t in entries if not t.lazy and t.tensor.is_meta}
+    unborn = [target for target in plan.targets.entries.values() if target.tensor.is_meta and not target.lazy]
+    scope = {name for part in plan.parts for name in part.scope} if unborn else set()
+    return {id(target.tensor): target.tensor for target in unborn if target.name in scope}
 
 
 def _owners(plan: Plan) -> Iterator[_Owner]:
     """The modules in scope that have tensors on meta without a value, in the model's order."""
-    if not on_meta(plan) and not _transient(plan):
-        return
     # An alias is the same tensor as the entry that is written in its place.
     written = (a for a in plan.assignments if a.alias_of is None and not a.keeps)
     whole = {id(plan.targets.entries[a.target].tensor) for a in written}
+    if on_meta(plan).keys() <= whole and not _transient(plan):
+        return
     scope = {name for part in plan.parts for name in part.scope}
     roots = [plan.targets.clean_paths.get(part.pretrained.into, part.pretrained.into) for part in plan.parts]
     met: set[int] = set()
-    for path, module in plan.model.named_modules():
+    for module, path in every_module(plan.model).items():
         clean = plan.targets.clean_paths.get(path, path)
         inside = any(not root or clean == root or strip(clean, root) is not None for root in roots)
         leaves = []
@@ -152,12 +152,12 @@ def _owners(plan: Plan) -> Iterator[_Owner]:
 
 def _transient(plan: Plan) -> set[str]:
     """Names of the non-persistent buffers that are on meta."""
-    return {
-        join(path, leaf)
-        for path, module in plan.model.named_modules()
-        for leaf in module._non_persistent_buffers_set
-        if (tensor := module._buffers.get(leaf)) is not None and tensor.is_meta
-    }
+    return {join(path, leaf) for module, path in every_module(plan.model).items() for leaf in _unborn_buffers(module)}
+
+
+def _unborn_buffers(module: nn.Module) -> list[str]:
+    own = ((leaf, module._buffers.get(leaf)) for leaf in module._non_persistent_buffers_set)
+    return [leaf for leaf, tensor in own if tensor is not None and tensor.is_meta]
 
 
 def _held(module: nn.Module) -> dict[str, Tensor]:
@@ -199,10 +199,13 @@ def _whole(owner: _Owner) -> Iterator[None]:
             shard.local.copy_(whole[id(tensor)] if shard.region is None else shard.region.take(whole[id(tensor)]))
 
 
-def _real(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """A tensor like one on meta, with memory: on `device`, its mesh's or the default one, with its dtype, strides and flags."""
-    device = device or mesh_device(tensor) or torch.get_default_device()
-    device = torch.device("cpu") if device.type == "meta" else device
+def _default_device() -> torch.device:
+    device = torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _real(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor like one on meta, with memory on `device`, and its dtype, strides and flags."""
     if type(tensor) in {Tensor, nn.Parameter} and tensor.layout == torch.strided and tensor.is_contiguous():
         # For a tensor on meta `empty_like` is Python, and the first call imports sympy: 0.5 s and 30 MiB.
         real = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -217,7 +220,7 @@ def _real(tensor: Tensor, device: torch.device | None = None) -> Tensor:
 @contextmanager
 def _weak_references(model: nn.Module) -> Iterator[None]:
     """Recurrent layers keep weak references to their weights, which torch does not swap: set aside, and made again."""
-    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    layers = [module for module in every_module(model) if isinstance(module, nn.RNNBase)]
     for layer in layers:
         layer._flat_weight_refs = []
     try:
@@ -251,7 +254,7 @@ def _untouched(owner: _Owner) -> list[str]:
     held = _held(trial)
     for tensor in held.values():
         if tensor.is_meta:
-            _swap(tensor, _real(tensor))
+            _swap(tensor, _real(tensor, mesh_device(tensor) or _default_device()))
     before = {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for leaf in owner.leaves:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from warmstart.errors import CheckpointError, MappingError, TimingError
@@ -73,17 +75,16 @@ def _unchanged(plan: Plan) -> None:
 
 def _entangled(plan: Plan) -> list[str]:
     """Entries that share some of their memory, but not all: writing one would change the other."""
-    storages: dict[int, list[str]] = {}
-    for assignment in plan.written:
-        target = plan.targets.entries[assignment.target]
-        tensor = local_of(target.tensor)
-        if not target.lazy and tensor.device.type != "meta" and tensor.layout == torch.strided and tensor.numel():
-            storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(assignment.target)
+    written = {a.target: local_of(plan.targets.entries[a.target].tensor) for a in plan.written}
+    if _apart(written.values()):
+        return []
+    storages: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in written.items():
+        if span(tensor)[1]:
+            storages.setdefault(tensor.untyped_storage().data_ptr(), {})[name] = tensor
     shared: list[tuple[str, str]] = []
-    for names in storages.values():
-        tensors = {name: local_of(plan.targets.entries[name].tensor) for name in names}
-        spans = sorted(span(tensor) for tensor in tensors.values())
-        if all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)):
+    for tensors in storages.values():
+        if _apart(tensors.values()):
             continue
         # Spans that meet may still interleave, as columns of one matrix do: mark every byte.
         taken = torch.zeros(next(iter(tensors.values())).untyped_storage().nbytes(), dtype=torch.bool)
@@ -99,6 +100,11 @@ def _entangled(plan: Plan) -> list[str]:
         return []
     message = f"memory: {len(shared)} entries overlap others without being tied to them\n{listed(shared)}\n"
     return [f'{message}  -> give them memory of their own, or leave them out: exclude=["{printable(shared[0][0])}"]']
+
+
+def _apart(tensors: Iterable[Tensor]) -> bool:
+    spans = sorted(each for each in map(span, tensors) if each[1])
+    return all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def _unlike_shards(plan: Plan) -> list[str]:

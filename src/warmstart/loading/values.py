@@ -6,10 +6,10 @@ import bisect
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from warmstart.checkpoints.files import MappedFile
+from warmstart.checkpoints.files import Place
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.derivations import Derivation
 from warmstart.mapping.plan.plan import Plan
@@ -77,15 +77,28 @@ class Values:
         """What an entry that holds `current` should hold here, in the dtype the plan gives it, on the CPU."""
         return as_planned(self.needed(assignment, current), assignment, current)
 
-    def mapped(self, assignment: Assignment, current: Shard) -> MappedFile | None:
-        """The file of which `planned` gives a view, bit for bit as it lies there; None where a value is made for the entry."""
-        if assignment.adapter or assignment.conversion or assignment.fill is not None:
+    def place(self, assignment: Assignment, current: Shard) -> Place | None:
+        """Where in a file the bytes lie that `current` should hold, to be moved as they are.
+
+        None where the value is made for the entry, or where the entry is more than a piece of memory.
+        """
+        if assignment.adapter or assignment.conversion or assignment.fill is not None or assignment.cast is not None:
             return None
-        if current.region is not None and not current.region.in_one:
+        tensor, key = current.local, assignment.sources[0]
+        if not _is_plain(tensor) or tensor.dtype != assignment.dtype or current.shape != assignment.shape:
             return None
-        if assignment.cast is not None or (assignment.part, assignment.sources[0]) in self._copies:
+        checkpoint = self.plan.parts[assignment.part].checkpoint
+        place = checkpoint.place(key) if (assignment.part, key) not in self._copies else None
+        if place is None or not tensor.numel():
             return None
-        return self.plan.parts[assignment.part].checkpoint.mapped(assignment.sources[0])
+        if current.region is not None:
+            run = current.region.run(current.shape)
+            if run is None:
+                return None
+            start, stop = (place.start + at * tensor.element_size() for at in run)
+            place = Place(place.file, start, stop)
+        checkpoint.bytes_read += place.stop - place.start
+        return place
 
     def needed(self, assignment: Assignment, current: Shard) -> Tensor:
         """What of the source `as_planned` makes the value from: all of it for an adapter, else what is held here."""
@@ -96,6 +109,15 @@ class Values:
         if copy is not None:
             return copy if index is None else copy[index]
         return self.plan.parts[part].checkpoint.read(key, index)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in {Tensor, nn.Parameter}
+        and (tensor.is_cpu or tensor.is_cuda)
+        and tensor.layout == torch.strided
+        and tensor.is_contiguous()
+    )
 
 
 def duplicates(plan: Plan) -> Iterator[tuple[Assignment, Assignment]]:
@@ -165,10 +187,12 @@ class Digests:
 
 def span(tensor: Tensor) -> tuple[int, int]:
     """The bytes from a tensor's first to past its last element."""
-    if is_lazy(tensor) or not tensor.numel() or tensor.layout != torch.strided or tensor.device.type == "meta":
+    if is_lazy(tensor) or tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
         return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * tensor.element_size()
 
 

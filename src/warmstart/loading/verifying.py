@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from warmstart.errors import CheckpointError, VerificationError
 from warmstart.loading.masters import is_stale
-from warmstart.loading.moving import Mover, is_plain
+from warmstart.loading.moving import Mover
 from warmstart.loading.values import Digests, Values, as_planned
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.model.targets import Live
@@ -40,25 +40,25 @@ def verify_written(plan: Plan, values: Values, verify: Verify, mover: Mover) -> 
     wrong: list[Difference] = []
     odd: list[str] = []
     for assignment in plan.written:
-        target = plan.targets.entries[assignment.target]
-        shard = shard_of(target.tensor)
-        if assignment.target in mover.compared:
-            if assignment.target in mover.different:
-                wrong.append(Difference(assignment.target, "was written and reads back differently"))
-            if assignment.target in mover.infinite and _non_finite(shard.local):
-                odd.append(assignment.target)
+        name = assignment.target
+        target = plan.targets.entries[name]
+        if name in mover.compared:
+            if name in mover.different:
+                wrong.append(Difference(name, "was written and reads back differently"))
+            if name in mover.infinite and _non_finite(local_of(target.tensor)):
+                odd.append(name)
             continue
+        shard = shard_of(target.tensor)
         source = values.needed(assignment, shard)
         expected = as_planned(source, assignment, shard)
-        canonical = target.canonical
-        for name in plan.targets.groups.get(canonical, [assignment.target]):
-            if not _same(local_of(plan.targets.entries[name].tensor), expected, verify):
-                wrong.append(Difference(name, "was written and reads back differently"))
+        for tied in plan.targets.groups.get(target.canonical, [name]):
+            if not _same(local_of(plan.targets.entries[tied].tensor), expected, verify):
+                wrong.append(Difference(tied, "was written and reads back differently"))
         if verify == "full" and (expected.is_floating_point() or expected.is_complex()) and _non_finite(expected):
-            odd.append(assignment.target)
+            odd.append(name)
             cast = assignment.adapter is None and assignment.cast is not None
             if cast and _non_finite(expected) > _non_finite(source):
-                wrong.append(Difference(assignment.target, "finite values became inf in the model's dtype"))
+                wrong.append(Difference(name, "finite values became inf in the model's dtype"))
         del source, expected  # frees the whole tensor they may be parts of before there is another one
     raise_differences(wrong, "right after writing")
     if odd:
@@ -99,7 +99,7 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
             raise CheckpointError(f"{what}; the model's values cannot be compared with it any more: put the file back")
     live = Live(model)
     values = Values(plan)
-    mover = Mover(copy=False, compare=True)
+    mover = Mover(copy=False, verify=verify)
     keys = {a.target: a for a in plan.assignments}
     compared: set[int] = set()
     other: set[str] = set()
@@ -115,13 +115,13 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
             same = digests.equal(source.target if source.target in digests else target.canonical, local_of(tensor))
         else:
             shard = shard_of(tensor)
+            place = None if is_stale(tensor) else values.place(source, shard)
+            if place is not None:
+                mover.add(name, shard.local, place)
+                continue
             expected = values.planned(source, shard)
             if bits_lost(expected.dtype, tensor.dtype) and not plan.parts[source.part].pretrained.allow_narrowing:
                 out.append(Difference(name, f"was cast to {tensor.dtype}, which allow_narrowing=False forbids"))
-                continue
-            file = values.mapped(source, shard) if verify == "full" else None
-            if file is not None and is_plain(shard.local, expected) and not is_stale(tensor):
-                mover.add(name, shard.local, expected, file)
                 continue
             same = _same(shard.local, expected, verify)
         if not same:

@@ -15,7 +15,7 @@ from warmstart.loading.agreement import raised_on_all
 from warmstart.loading.inert import inert_adapters
 from warmstart.loading.materialising import materialise, needs_memory, on_meta
 from warmstart.loading.meeting import Ranks
-from warmstart.loading.moving import Mover, is_plain
+from warmstart.loading.moving import Mover
 from warmstart.loading.preflight import preflight
 from warmstart.loading.relaying import in_step
 from warmstart.loading.values import Digests, Values, loaded_here
@@ -62,7 +62,7 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
         values.secure()
         preflight(plan, values)
     result = Written(verify)
-    mover = Mover(copy=True, compare=verify == "full")
+    mover = Mover(copy=True, verify=verify)
     done = mover.done
     begun = False
     reshard(plan.model)
@@ -75,13 +75,13 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
                 for assignment in plan.written:
                     target = plan.targets.entries[assignment.target]
                     shard = shard_of(target.tensor)
-                    value = values.planned(assignment, shard)
                     others = plan.targets.groups.get(target.canonical, [])
-                    file = values.mapped(assignment, shard)
-                    if file is not None and not others and is_plain(shard.local, value):
-                        put = mover.assign if id(shard.local) in unborn else mover.add
-                        put(assignment.target, shard.local, value, file)
+                    place = None if others else values.place(assignment, shard)
+                    if place is not None:
+                        put = mover.assign if id(shard.local) in unborn and shard.local.is_cpu else mover.add
+                        put(assignment.target, shard.local, place)
                         continue
+                    value = values.planned(assignment, shard)
                     _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
                     done.append(assignment.target)
                     if assignment.fill is None and not plan.parts[assignment.part].checkpoint.lasting:

@@ -44,8 +44,7 @@ class Problem:
         return self.message
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """One entry of the model and what it gets.
 
     Attributes:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from warmstart.checkpoints import jsons
 from warmstart.checkpoints.base import Checkpoint, Index, TensorInfo
-from warmstart.checkpoints.files import FileStamp, MappedFile
+from warmstart.checkpoints.files import FileStamp, Place
 from warmstart.checkpoints.places import snapshot_of
 from warmstart.errors import CheckpointError
 from warmstart.showing import counted, listed, shown
@@ -57,8 +57,8 @@ class ShardedCheckpoint(Checkpoint):
         )
         self._shards = {key: shards[name] for key, name in weight_map.items()}
 
-    def mapped(self, key: str) -> MappedFile | None:
-        return self._shards[key].mapped(key)
+    def place(self, key: str) -> Place | None:
+        return self._shards[key].place(key)
 
     def _read(self, key: str, index: Index | None) -> Tensor:
         return self._shards[key].read(key, index)

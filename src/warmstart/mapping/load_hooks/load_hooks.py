@@ -126,7 +126,8 @@ class Loaded(Derivation):
 
 def may_say(module: nn.Module) -> bool:
     """Whether `honour` has anything to ask of a module."""
-    return has_own_way(module) or _hooked_after(module) or is_parametrized(module)
+    parametrized = "parametrizations" in module._modules and is_parametrized(module)
+    return parametrized or has_own_way(module) or _hooked_after(module)
 
 
 def _hooked_after(module: nn.Module) -> bool:

@@ -42,7 +42,7 @@ def _wrapped_child(kind: type[nn.Module]) -> str | None:
 
 
 def join(*paths: str) -> str:
-    return ".".join(path for path in paths if path)
+    return ".".join(filter(None, paths))
 
 
 def strip(name: str, prefix: str) -> str | None:

@@ -37,6 +37,7 @@ _INFIXES = {
     "original_module": r"original_module",
     "token_adapter": r"token_adapter(?=\.(?:base_layer|trainable_tokens_\w+)(?:\.|$))",
 }
+PEFT_SEGMENTS = frozenset({"base_model", *_INFIXES})
 
 # What is saved of a prompt encoder, which is computed into its embedding.
 _SAVED_PROMPTS = {
@@ -82,7 +83,12 @@ class AdapterEntry:
 
 def base_child(module: nn.Module) -> str | None:
     """The child under which a module of PEFT keeps the base; None if it is no module of PEFT."""
-    return next((BASES[name] for name in _types(module) if name in BASES), None)
+    return _base_child(type(module))  # type: ignore[arg-type]  # a class has a hash
+
+
+@functools.cache
+def _base_child(kind: type[nn.Module]) -> str | None:
+    return next((BASES[name] for name in _qualified(kind) if name in BASES), None)  # type: ignore[arg-type]
 
 
 def member_of_adapter(

@@ -13,15 +13,16 @@ from torch.nn.parameter import is_lazy
 
 from warmstart.errors import MappingError, TimingError
 from warmstart.mapping.model.names import WRAPPER_SEGMENTS, join, without_wrappers, wrapped_child
-from warmstart.mapping.model.peft import AdapterEntry, base_child, cleaner, member_of_adapter, prefix_of
+from warmstart.mapping.model.peft import PEFT_SEGMENTS, AdapterEntry, base_child, cleaner, member_of_adapter, prefix_of
+from warmstart.modules import every_module
 from warmstart.shards import full_shape, is_sharded, sharded_behind
 
 Kind = Literal["parameter", "buffer"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Target:
-    """One parameter or persistent buffer of the model.
+    """One parameter or persistent buffer of the model. (Not frozen, which would make it three times as slow to make.)
 
     Attributes:
         name: As the module tree spells it, wrapper segments included.
@@ -95,12 +96,12 @@ class Targets:
             MappingError: Two entries have one name, or shards do not say what they are shards of.
         """
         targets = cls()
-        seen: dict[object, str] = {}
+        tied = _Ties()
         clean_names: dict[str, str] = {}
         for target in _walk(model, targets):
-            name = _identity(target.tensor, seen, target.name)
-            if name != target.name:
-                target = replace(target, alias_of=name)
+            first = tied.first(target)
+            if first != target.name:
+                target.alias_of = first
             other = clean_names.setdefault(target.clean, target.name)
             if other != target.name:
                 if targets.entries[other].canonical == target.canonical:
@@ -128,7 +129,12 @@ class Targets:
         """What takes wrapper segments out of a checkpoint's keys, wherever the model's own names do not have them."""
         own = self.clean_segments()
         segments, without_peft = WRAPPER_SEGMENTS - own, cleaner(self.peft_prefixes, own)
-        return lambda key: without_peft(without_wrappers(key, segments))
+        of_others = segments | PEFT_SEGMENTS
+
+        def clean(key: str) -> str:
+            return key if of_others.isdisjoint(key.split(".")) else without_peft(without_wrappers(key, segments))
+
+        return clean
 
     def follow(self, model: nn.Module) -> None:
         """Let go of the whole tensors that an engine has put shards in the place of, so that their memory is free."""
@@ -147,9 +153,11 @@ class Live:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = {id(module) for module in model.modules()}
+        modules = every_module(model)
+        members = (m for module in modules for m in (module._parameters, module._buffers))
+        self._modules = {id(module) for module in modules}
         self._behind = sharded_behind(model)
-        self.tensors = {id(self._behind.get(id(t), t)) for t in [*model.parameters(), *model.buffers()]}
+        self.tensors = {id(self._behind.get(id(t), t)) for m in members for t in m.values() if t is not None}
 
     def has(self, module: nn.Module) -> bool:
         return id(module) in self._modules
@@ -187,6 +195,7 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
             ("parameter", module._parameters),
             ("buffer", module._buffers),
         )
+        outside = at is None and base is None
         for kind, members in both:
             for leaf, tensor in members.items():
                 if tensor is None:
@@ -201,7 +210,7 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
                 else:
                     lazy = is_lazy(tensor)
                     shape = () if lazy else full_shape(tensor)
-                    adapter = member_of_adapter(module, base, clean, at, leaf)
+                    adapter = None if outside else member_of_adapter(module, base, clean, at, leaf)
                     numel = 0 if lazy else math.prod(shape)
                     yield Target(name, clean_name, kind, tensor, module, leaf, adapter, shape, lazy, numel)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -210,27 +219,35 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
         for leaf, child in reversed(children):
             child_path = join(path, leaf)
             child_clean = clean if leaf in (wrapper, base) else child_path if path == clean else join(clean, leaf)
-            inside = at if leaf == wrapper else member_of_adapter(module, base, clean, at, leaf)
+            inside = at if outside or leaf == wrapper else member_of_adapter(module, base, clean, at, leaf)
             stack.append((child, child_path, child_clean, inside, (*above, id(module))))
 
 
-def _identity(tensor: Tensor, seen: dict[object, str], name: str) -> str:
-    """The first name of this tensor: the same object, or another view of exactly the same memory."""
-    first = seen.setdefault(id(tensor), name)
-    if (
-        first == name
-        and tensor.device.type != "meta"
-        and not is_lazy(tensor)
-        and tensor.numel()
-        and not is_sharded(tensor)
-    ):
+class _Ties:
+    """The first name of each tensor: of the same object, or of another view of exactly the same memory."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+        self._at: dict[int, list[Target]] = {}  # by the address where they start
+
+    def first(self, target: Target) -> str:
+        tensor, name = target.tensor, target.name
+        first = self._names.setdefault(id(tensor), name)
+        if first != name or target.lazy or tensor.is_meta or not target.numel or is_sharded(tensor):
+            return first
         try:
-            memory = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            address = tensor.data_ptr()
         except RuntimeError:  # a subclass without storage of its own
             return first
-        if tensor.data_ptr():
-            first = seen.setdefault(memory, name)
-    return first
+        if address:
+            others = self._at.setdefault(address, [])
+            for other in others:
+                seen = other.tensor
+                if (seen.shape, seen.stride(), seen.dtype) == (tensor.shape, tensor.stride(), tensor.dtype):
+                    self._names[id(tensor)] = other.name
+                    return other.name
+            others.append(target)
+        return first
 
 
 def _refuse_flattened(targets: Targets) -> None:

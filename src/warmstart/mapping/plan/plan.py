@@ -73,7 +73,8 @@ class Plan(Buckets, Generic[R]):
     @property
     def held_rows(self) -> dict[str, Tensor | None]:
         """Entries of which only the rows that do not come from the checkpoint train; its rows as booleans, None: all."""
-        return {a.target: a.loaded for a in self.assignments if isinstance(a.adapter, MapRows) and a.adapter.freeze_old}
+        adapted = (a for a in self.assignments if a.adapter is not None)
+        return {a.target: a.loaded for a in adapted if isinstance(a.adapter, MapRows) and a.adapter.freeze_old}
 
     @property
     def prefix(self) -> tuple[str, str] | None:
@@ -218,7 +219,13 @@ class Plan(Buckets, Generic[R]):
 
     def digest(self) -> str:
         """A SHA-256 of the decisions: equal for equal mappings, whatever the paths and the order of keys."""
-        plain = self.to_dict()
-        decided = {k: plain[k] for k in ("assignments", "missing", "excluded", "mismatched", "freeze")}
-        decided["assignments"] = sorted(decided["assignments"], key=lambda a: str(a["target"]))
+        rows = [
+            (
+                *(a.target, a.sources, a.part, a.shape, str(a.cast), a.alias_of, str(a.dtype), a.fill),
+                a.conversion.label if a.conversion else None,
+                plain(a.adapter) if a.adapter else None,
+            )
+            for a in sorted(self.assignments, key=lambda a: a.target)
+        ]
+        decided = [rows, self.missing, self.excluded, sorted(self.mismatched.items()), self.freeze]
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()

@@ -322,12 +322,11 @@ def _may_lack(missing: Sequence[str], parts: list[PartPlan], targets: Targets) -
 def _coverage(scope: Collection[str], assignments: Sequence[Assignment], targets: Targets) -> float:
     """Share of the elements in scope that are loaded; of a partly loaded entry, those that are."""
     entries = targets.entries
-    total, met = 0, set()
+    sizes: dict[str, int] = {}
     for name in scope:
         target = entries[name]
-        if target.canonical not in met:
-            met.add(target.canonical)
-            total += target.numel
+        sizes.setdefault(target.canonical, target.numel)
+    total = sum(sizes.values())
     loaded: dict[str, float] = {}
     for assignment in assignments:
         if assignment.alias_of is None and assignment.fill is None:
