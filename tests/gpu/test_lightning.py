@@ -131,9 +131,12 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, encoder_file):
         assert torch.equal(ends[2][name], value), name
 
 
-def test_ddp_over_nccl(tmp_path, encoder_file, encoder_state):
+@pytest.mark.parametrize("sync_batchnorm", [False, True])
+def test_ddp_over_nccl(tmp_path, encoder_file, encoder_state, sync_batchnorm):
     look, callback = Look(), warm(encoder_file, freeze=True)
-    trainer(tmp_path, callback, look, strategy=DDPStrategy()).fit(Module(), data())
+    module = Module()
+    trainer(tmp_path, callback, look, strategy=DDPStrategy(), sync_batchnorm=sync_batchnorm).fit(module, data())
+    assert isinstance(module.net.encoder.norm, nn.SyncBatchNorm) == sync_batchnorm
     assert_holds(look.start, encoder_state)
     assert_holds(look.end, encoder_state)
 
