@@ -61,7 +61,7 @@ def materialise(plan: Plan) -> list[str]:
         own = [(owner, _held(owner.module)) for owner in owners]
         was_real = {id(t) for module in every_module(plan.model) for t in _held(module).values() if not t.is_meta}
         on_cpu = offloaded(plan.model)
-        home, cpu = _default_device(), torch.device("cpu")
+        home, cpu = torch.get_default_device(), torch.device("cpu")
         with _weak_references(plan.model):
             for tensor in on_meta(plan).values():
                 _swap(tensor, _real(tensor, cpu if id(tensor) in on_cpu else mesh_device(tensor) or home))
@@ -199,13 +199,9 @@ def _whole(owner: _Owner) -> Iterator[None]:
             shard.local.copy_(whole[id(tensor)] if shard.region is None else shard.region.take(whole[id(tensor)]))
 
 
-def _default_device() -> torch.device:
-    device = torch.get_default_device()
-    return torch.device("cpu") if device.type == "meta" else device
-
-
 def _real(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor like one on meta, with memory on `device`, and its dtype, strides and flags."""
+    """A tensor like one on meta, with memory on `device` (on the CPU for meta), and its dtype, strides and flags."""
+    device = torch.device("cpu") if device.type == "meta" else device
     if type(tensor) in {Tensor, nn.Parameter} and tensor.layout == torch.strided and tensor.is_contiguous():
         # For a tensor on meta `empty_like` is Python, and the first call imports sympy: 0.5 s and 30 MiB.
         real = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -254,7 +250,7 @@ def _untouched(owner: _Owner) -> list[str]:
     held = _held(trial)
     for tensor in held.values():
         if tensor.is_meta:
-            _swap(tensor, _real(tensor, mesh_device(tensor) or _default_device()))
+            _swap(tensor, _real(tensor, mesh_device(tensor) or torch.get_default_device()))
     before = {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for leaf in owner.leaves:

@@ -148,9 +148,8 @@ class Mover:
             self.add(name, tensor, place)
             return
         own.file.check()
-        tensor.data = torch.frombuffer(own.file.map, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(
-            tensor.shape
-        )
+        raw = torch.frombuffer(own.file.map, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+        tensor.data = raw.view(tensor.shape)
         if self._verify == "off":
             self.done.append(name)
         else:
@@ -170,10 +169,11 @@ class Mover:
         """
         copy = copy and self._copy
         file = place.file
-        if copy and self._verify != "full" and hasattr(os, "preadv") and file not in self._descriptors:
-            self._descriptors[file] = self._opened.enter_context(file.opened()).fileno()
+        file.check()
         if copy:
             increment_version(tensor)  # written to past torch: a backward that has it saved must know
+            if self._verify != "full" and hasattr(os, "preadv") and file not in self._descriptors:
+                self._descriptors[file] = self._opened.enter_context(file.opened()).fileno()
         if self._verify != "off":
             self.compared.add(name)
         pieces = _pieces(_Entry(name, tensor, tensor.data_ptr(), place, copy))
