@@ -152,12 +152,13 @@ def _owners(plan: Plan) -> Iterator[_Owner]:
 
 def _transient(plan: Plan) -> set[str]:
     """Names of the non-persistent buffers that are on meta."""
-    return {join(path, leaf) for module, path in every_module(plan.model).items() for leaf in _unborn_buffers(module)}
-
-
-def _unborn_buffers(module: nn.Module) -> list[str]:
-    own = ((leaf, module._buffers.get(leaf)) for leaf in module._non_persistent_buffers_set)
-    return [leaf for leaf, tensor in own if tensor is not None and tensor.is_meta]
+    having = ((module, path) for module, path in every_module(plan.model).items() if module._non_persistent_buffers_set)
+    return {
+        join(path, leaf)
+        for module, path in having
+        for leaf in module._non_persistent_buffers_set
+        if (tensor := module._buffers.get(leaf)) is not None and tensor.is_meta
+    }
 
 
 def _held(module: nn.Module) -> dict[str, Tensor]:
