@@ -75,16 +75,16 @@ def attempt(net: nn.Module, run: Callable[[], object]) -> dict[str, object]:
 
 
 def failing_at(plan: warmstart.Plan, key: str, fail: Callable[[], None]) -> None:
-    """Let something happen on rank 1 just before it reads a tensor whole."""
+    """Let something happen on rank 1 just before it looks where a tensor lies, to move it."""
     checkpoint = plan.parts[0].checkpoint
-    read = checkpoint._read
+    place = checkpoint.place
 
-    def _read(name, index):
-        if name == key and index is None and RANK == 1:
+    def failing(name):
+        if name == key and RANK == 1:
             fail()
-        return read(name, index)
+        return place(name)
 
-    checkpoint._read = _read
+    checkpoint.place = failing
 
 
 @cell

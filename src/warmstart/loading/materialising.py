@@ -61,7 +61,7 @@ def materialise(plan: Plan) -> list[str]:
         own = [(owner, _held(owner.module)) for owner in owners]
         was_real = {id(t) for module in every_module(plan.model) for t in _held(module).values() if not t.is_meta}
         on_cpu = offloaded(plan.model)
-        home, cpu = _default_device(), torch.device("cpu")
+        home, cpu = torch.get_default_device(), torch.device("cpu")
         with _weak_references(plan.model):
             for tensor in on_meta(plan).values():
                 _swap(tensor, _real(tensor, cpu if id(tensor) in on_cpu else mesh_device(tensor) or home))
@@ -152,12 +152,13 @@ def _owners(plan: Plan) -> Iterator[_Owner]:
 
 def _transient(plan: Plan) -> set[str]:
     """Names of the non-persistent buffers that are on meta."""
-    return {join(path, leaf) for module, path in every_module(plan.model).items() for leaf in _unborn_buffers(module)}
-
-
-def _unborn_buffers(module: nn.Module) -> list[str]:
-    own = ((leaf, module._buffers.get(leaf)) for leaf in module._non_persistent_buffers_set)
-    return [leaf for leaf, tensor in own if tensor is not None and tensor.is_meta]
+    having = ((module, path) for module, path in every_module(plan.model).items() if module._non_persistent_buffers_set)
+    return {
+        join(path, leaf)
+        for module, path in having
+        for leaf in module._non_persistent_buffers_set
+        if (tensor := module._buffers.get(leaf)) is not None and tensor.is_meta
+    }
 
 
 def _held(module: nn.Module) -> dict[str, Tensor]:
@@ -199,13 +200,9 @@ def _whole(owner: _Owner) -> Iterator[None]:
             shard.local.copy_(whole[id(tensor)] if shard.region is None else shard.region.take(whole[id(tensor)]))
 
 
-def _default_device() -> torch.device:
-    device = torch.get_default_device()
-    return torch.device("cpu") if device.type == "meta" else device
-
-
 def _real(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor like one on meta, with memory on `device`, and its dtype, strides and flags."""
+    """A tensor like one on meta, with memory on `device` (on the CPU for meta), and its dtype, strides and flags."""
+    device = torch.device("cpu") if device.type == "meta" else device
     if type(tensor) in {Tensor, nn.Parameter} and tensor.layout == torch.strided and tensor.is_contiguous():
         # For a tensor on meta `empty_like` is Python, and the first call imports sympy: 0.5 s and 30 MiB.
         real = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -254,7 +251,7 @@ def _untouched(owner: _Owner) -> list[str]:
     held = _held(trial)
     for tensor in held.values():
         if tensor.is_meta:
-            _swap(tensor, _real(tensor, mesh_device(tensor) or _default_device()))
+            _swap(tensor, _real(tensor, mesh_device(tensor) or torch.get_default_device()))
     before = {}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for leaf in owner.leaves:

@@ -29,7 +29,7 @@ from warmstart.mapping.plan.plan import Verify
 
 _CHUNK = 480 << 10  # bytes: with as many of the file they stay in a core's cache
 _BATCH = 8 << 20  # bytes that a thread takes at a time
-_RUNS, _RUN = 1024, 16  # a sample of a piece: so many runs of so many bytes, or up to twice as many
+_RUNS, _RUN = 256, 64  # a sample of a piece: so many runs of as many bytes as memory gives at once, or up to twice as many
 
 # numpy and torch compare at half the speed of the C library, which like them lets other threads run meanwhile.
 memcmp = (ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt).memcmp
@@ -151,9 +151,8 @@ class Mover:
             self.add(name, tensor, place)
             return
         own.file.check()
-        tensor.data = torch.frombuffer(own.file.map, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(
-            tensor.shape
-        )
+        raw = torch.frombuffer(own.file.map, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+        tensor.data = raw.view(tensor.shape)
         if self._verify == "off":
             self.done.append(name)
         else:
@@ -173,6 +172,9 @@ class Mover:
         """
         copy = copy and self._copy
         file = place.file
+        file.check()
+        if copy:
+            increment_version(tensor)  # written to past torch: a backward that has it saved must know
         staged = not tensor.is_cpu
         read = staged or (copy and self._verify != "full")
         if read and hasattr(os, "preadv") and file not in self._descriptors:
@@ -180,8 +182,6 @@ class Mover:
         if staged and tensor.device not in self._ready:  # what this thread has asked of the device comes first
             torch.cuda.current_stream(tensor.device).synchronize()
             self._ready.add(tensor.device)
-        if copy:
-            increment_version(tensor)  # written to past torch: a backward that has it saved must know
         if self._verify != "off":
             self.compared.add(name)
         pieces = _pieces(_Entry(name, tensor, tensor.data_ptr(), place, copy))
