@@ -61,6 +61,7 @@ class Look(Callback):
     def on_train_start(self, trainer, pl_module):
         assert all(p.is_cuda for p in pl_module.parameters())
         self.start = held(pl_module)
+        self.synchronised = isinstance(pl_module.net.encoder.norm, nn.SyncBatchNorm)  # until the fit is over
 
     def on_train_end(self, trainer, pl_module):
         self.end = held(pl_module)
@@ -134,9 +135,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, encoder_file):
 @pytest.mark.parametrize("sync_batchnorm", [False, True])
 def test_ddp_over_nccl(tmp_path, encoder_file, encoder_state, sync_batchnorm):
     look, callback = Look(), warm(encoder_file, freeze=True)
-    module = Module()
-    trainer(tmp_path, callback, look, strategy=DDPStrategy(), sync_batchnorm=sync_batchnorm).fit(module, data())
-    assert isinstance(module.net.encoder.norm, nn.SyncBatchNorm) == sync_batchnorm
+    trainer(tmp_path, callback, look, strategy=DDPStrategy(), sync_batchnorm=sync_batchnorm).fit(Module(), data())
+    assert look.synchronised == sync_batchnorm
     assert_holds(look.start, encoder_state)
     assert_holds(look.end, encoder_state)
 
