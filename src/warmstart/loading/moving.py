@@ -28,7 +28,8 @@ from warmstart.mapping.plan.plan import Verify
 
 _CHUNK = 480 << 10  # bytes: with as many of the file they stay in a core's cache
 _BATCH = 8 << 20  # bytes that a thread takes at a time
-_RUNS, _RUN = 256, 64  # a sample of a piece: so many runs of as many bytes as memory gives at once, or up to twice as many
+# A sample of a piece: so many runs, or up to twice as many, of as many bytes as memory gives at once.
+_RUNS, _RUN = 256, 64
 
 # numpy and torch compare at half the speed of the C library, which like them lets other threads run meanwhile.
 memcmp = (ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt).memcmp
