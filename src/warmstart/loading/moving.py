@@ -29,15 +29,17 @@ from warmstart.mapping.plan.plan import Verify
 
 _CHUNK = 480 << 10  # bytes: with as many of the file they stay in a core's cache
 _BATCH = 8 << 20  # bytes that a thread takes at a time
-_RUNS, _RUN = 256, 64  # a sample of a piece: so many runs of as many bytes as memory gives at once, or up to twice as many
+# A sample of a piece: so many runs, or up to twice as many, of as many bytes as memory gives at once.
+_RUNS, _RUN = 256, 64
 
 # numpy and torch compare at half the speed of the C library, which like them lets other threads run meanwhile.
-memcmp = (ctypes.CDLL(None) if os.name == "posix" else ctypes.cdll.msvcrt).memcmp
+memcmp = ctypes.CDLL(None if os.name == "posix" else "msvcrt").memcmp
 memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 # A view of memory for a seventh of what it costs by way of torch and numpy.
-_view = ctypes.pythonapi.PyMemoryView_FromMemory
-_view.argtypes, _view.restype = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int), ctypes.py_object
+_view = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
 
 # Of each kind of float the size in bytes, and the least bits that are infinite or NaN, without the sign.
 _BEYOND = {
