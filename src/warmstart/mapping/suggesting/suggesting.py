@@ -19,6 +19,7 @@ from warmstart.mapping.planning.part import PartPlan
 from warmstart.mapping.planning.part_planning import plan_part
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.suggesting.inference import Guess, Inference, Match, infer
+from warmstart.mapping.suggesting.layer_rules import layer_renames
 from warmstart.mapping.suggesting.reshaping import Reshaping, doubt_squares, reshapings
 from warmstart.mapping.suggesting.rules import renames
 from warmstart.mapping.suggesting.shifts import shifted
@@ -169,7 +170,11 @@ def _accepted(
 
 
 def _renames(found: Inference) -> dict[str, str]:
-    return renames({match.key.spelled: match.entry.spelled for match in found.sure})
+    """The rules of layers first, which match no other name, and those of all others."""
+    layers = {key: entry for match in found.layers for entry, key in match.names().items()}
+    others = [name for template in found.keys for name in template.names.values() if name not in layers]
+    said = {match.key.spelled: match.entry.spelled for match in found.sure if match not in found.layers}
+    return layer_renames(layers, others) | renames(said)
 
 
 def _ruled(
