@@ -39,7 +39,7 @@ def fitted(
     for entry, key in known.items():
         if key in by_key and entry in by_entry:
             fit.settle(by_key[key], by_entry[entry])
-    if not any(len(layer.shape) > 2 and layer not in fit.images for layer in a.layers):
+    if len(fit.images) == len(a.layers) or all(len(layer.shape) < 3 for layer in a.layers):
         return {}
     fit.spread()
     out = {}

@@ -18,6 +18,7 @@ Row = tuple[Path, str]  # a module, and what stands before the numbers of some o
 _ALONE = re.compile(r".*[0-9]x|(.*[^A-Za-z])?v")  # before a number that is a size or a version: `conv_3x3`, `net_v2`
 _FIRST = 1  # the number from which a whole row starts at the latest
 _BETWEEN = 2  # numbers between two layers of a row that hold no tensors: an activation, a pooling
+_EVEN = 2  # numbers beyond which equal steps between them are the row's own
 _UNLIKE = 3  # items without a map of the shape of another's from which a row fixes the place of each
 _WAYS = 8  # to put norms to maps that are followed up
 
@@ -98,7 +99,9 @@ class Tree:
         known = self._broken.get(row)
         if known is None:
             numbers = self.rows[row]
-            known = min(numbers) > _FIRST or any(self._gap(row, *two) for two in _steps(numbers))
+            steps = {after - before for before, after in _steps(numbers)}
+            even = not row[1] and len(numbers) > _EVEN and len(steps) == 1 and max(steps) <= _BETWEEN + 1
+            known = min(numbers) > _FIRST or not (even or not any(self._gap(row, *two) for two in _steps(numbers)))
             self._broken[row] = known
         return known
 

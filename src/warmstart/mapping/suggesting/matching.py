@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from warmstart.mapping.derivations import Shape
-from warmstart.mapping.suggesting.indices import spread
+from warmstart.mapping.suggesting.indices import Children, spread
 from warmstart.mapping.suggesting.items import Item
 from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
@@ -55,7 +55,7 @@ class Side:
     words: Counter[str] = field(default_factory=Counter)
     tails: dict[Template, list[Bag]] = field(default_factory=dict)
     families: dict[tuple[Path, str], set[int]] = field(default_factory=lambda: defaultdict(set))
-    children: dict[Path, set[str]] = field(default_factory=lambda: defaultdict(set))
+    children: Children = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
     saying: dict[str, list[Template]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class Side:
             for word in dict.fromkeys(words):
                 self.saying[word].append(template)
             for depth, segment in enumerate(template.path):
-                self.children[template.path[:depth]].add(segment)
+                self.children[template.path[:depth]][segment].add((template.path[depth + 1 :], template.shape))
                 stem, number = numbered(segment)
                 if number is not None:
                     self.families[template.path[:depth], stem].add(number)
@@ -201,8 +201,8 @@ def _spread_apart(keys: Side, x: _Number, entries: Side, y: _Number) -> bool:
     if a == b or x.stem or y.stem:
         return False
     here, there = (*x.parent, x.segment), (*y.parent, y.segment)
-    return spread(len(a - b), entries.children, there, keys.children, here) or spread(
-        len(b - a), keys.children, here, entries.children, there
+    return spread(map(str, a - b), entries.children, there, keys.children, here) or spread(
+        map(str, b - a), keys.children, here, entries.children, there
     )
 
 
