@@ -200,6 +200,11 @@ PHRASES = (
         of_stack=True,
     ),
     Phrase(
+        (("1", "2"), ("intermediate", "output"), ("mlp 1", "mlp 2"), ("mlp intermediate", "mlp output")),
+        "the two maps of an MLP, into its width and back",
+        "fairseq, timm; transformers BERT, Wav2Vec2; Megatron; ESPnet",
+    ),
+    Phrase(
         (("gate", "up", "down"), ("w 1", "w 3", "w 2")),
         "the three maps of a gated MLP; which of w1 and w3 is the gate is each codebase's own choice",
         "transformers Llama; Meta's llama",

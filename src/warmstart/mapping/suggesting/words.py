@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from warmstart.mapping.suggesting.vocabulary import FILLERS, SYNONYMS
@@ -54,13 +54,10 @@ class Lexicon:
         words = self.segment(segment)
         if not self.vocabulary:
             return words
-        telling = tuple(w for w in words if w not in FILLERS or self._is_meant(w, words))
+        if "self" in words and len(words) > 1 and "attention" not in words:
+            words = tuple("attention" if word == "self" else word for word in words)  # `norm_self`
+        telling = tuple(w for w in words if w not in FILLERS)
         return telling if telling or len(words) == 1 else words
-
-    @staticmethod
-    def _is_meant(word: str, words: Collection[str]) -> bool:
-        """Whether a filler says something: the `self` of `norm_self` is attention, that of `self_attn` says so itself."""
-        return word == "self" and len(words) > 1 and "attention" not in words
 
     def _read(self, segment: str) -> list[str]:
         if len(segment) > _LONGEST:
