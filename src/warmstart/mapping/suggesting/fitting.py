@@ -148,13 +148,21 @@ class _Fit:
             (x, y)
             for x, y in self.images.items()
             if (self.a.is_fixed(x.path) or self.b.is_fixed(y.path))
-            and (len(x.shape) != 2 or x.path[-1].isdecimal() or y.path[-1].isdecimal())
+            and self._is_told(x, y)
             and not apart(_words(x.path, lexicon), _words(y.path, lexicon))
             and _is_whole(self.a, x.path, settled[0])
             and _is_whole(self.b, y.path, settled[1])
             and all(both[p, q] in (settled[0][p], settled[1][q]) for p in _above(x.path) for q in _above(y.path))
             and not any((p, q) in crossed for p in self.a.rows_of(x.path) for q in self.b.rows_of(y.path))
         ]
+
+    def _is_told(self, x: Layer, y: Layer) -> bool:
+        """Whether it is a convolution, whose widths chain, what follows one, or in the order of an `nn.Sequential`.
+
+        Linear maps of one shape have any use, and names alone say which.
+        """
+        map_ = self.a.partner.get(x, x) if x.is_norm else x
+        return len(map_.shape) > 2 or x.path[-1].isdecimal() or y.path[-1].isdecimal()
 
     def _crossed(self) -> set[tuple[Row, Row]]:
         """Rows whose numbers go together in another order than ascending."""

@@ -52,6 +52,7 @@ class Tree:
         partner: Each map to the norm that follows it, where the names of this side say so, and the other way round.
         profiles: Each module to how many layers of each shape are in it.
         rows: The numbers of children that only these tell apart.
+        starts: Rows in the same place of a list's items to the number from which they start at the latest.
     """
 
     layers: list[Layer]
@@ -59,6 +60,7 @@ class Tree:
     partner: dict[Layer, Layer] = field(default_factory=dict)
     profiles: dict[Path, Counter[Shape]] = field(default_factory=lambda: defaultdict(Counter))
     rows: dict[Row, set[int]] = field(default_factory=lambda: defaultdict(set))
+    starts: dict[Row, int] = field(default_factory=lambda: defaultdict(lambda: _FIRST))
     _fixing: dict[Row, bool] = field(default_factory=dict)
     _broken: dict[Row, bool] = field(default_factory=dict)
 
@@ -78,6 +80,8 @@ class Tree:
                 if number is not None:
                     tree.rows[layer.path[:depth], stem].add(number)
         tree.partner = dict(_partners(tree.at))
+        for row, numbers in tree.rows.items():
+            tree.starts[_kind(row)] = min(min(numbers), tree.starts[_kind(row)])
         return tree
 
     def rows_of(self, path: Path) -> Iterator[Row]:
@@ -101,7 +105,8 @@ class Tree:
             numbers = self.rows[row]
             steps = {after - before for before, after in _steps(numbers)}
             even = not row[1] and len(numbers) > _EVEN and len(steps) == 1 and max(steps) <= _BETWEEN + 1
-            known = min(numbers) > _FIRST or not (even or not any(self._gap(row, *two) for two in _steps(numbers)))
+            late = min(numbers) > (_FIRST if _item(row, min(numbers)) in self.at else self.starts[_kind(row)])
+            known = late or not (even or not any(self._gap(row, *two) for two in _steps(numbers)))
             self._broken[row] = known
         return known
 
@@ -126,6 +131,10 @@ class Tree:
                     seen |= maps
             known = self._fixing[row] = unlike >= _UNLIKE
         return known
+
+
+def _kind(row: Row) -> Row:
+    return tuple(stem + INDEX if number is not None else stem for stem, number in map(counted, row[0])), row[1]
 
 
 def _item(row: Row, number: int) -> Path:
