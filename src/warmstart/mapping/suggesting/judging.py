@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import Item, matched
@@ -70,6 +71,8 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
             sure.add(link)
             continue
         if not (closed and link.evidence) or link.doubted or owned or apart(a, b):
+            continue
+        if _lacks(link.key.path, keys) or _lacks(link.entry.path, entries) or any(map(_is_late, a | b)):
             continue
         row = any(
             len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})
@@ -153,7 +156,30 @@ def _swapped(link: Link, keys: Side, entries: Side) -> bool:
 def _lost(word: str) -> bool:
     """Whether a number's row, as in `2 of 2-3`, starts late or has nothing else."""
     first, _, last = word.partition(" of ")[2].partition("-")
-    return bool(last) and (int(first) > 1 or first == last)
+    return bool(last) and (_is_late(word) or first == last)
+
+
+def _lacks(path: Path, side: Side) -> bool:
+    """Whether a row of modules that a path goes through has gaps: what is left of it may be another's."""
+    for depth, segment in enumerate(path):
+        stem, number = numbered(segment)
+        if number is not None:
+            row = sorted(
+                n for n in side.families[path[:depth], stem] if not _is_layer((*path[:depth], f"{stem}{n}"), side)
+            )
+            if any(after - before > 1 for before, after in pairwise(row)):
+                return True
+    return False
+
+
+def _is_layer(path: Path, side: Side) -> bool:
+    """Whether a module has tensors of its own, as those have that stand between activations in an `nn.Sequential`."""
+    return path in side.names or not LEAVES.isdisjoint(side.children.get(path, ()))
+
+
+def _is_late(word: str) -> bool:
+    """Whether a number's row, as in `2 of 2-3`, has lost its first."""
+    return int(word.partition(" of ")[2].partition("-")[0] or 0) > 1
 
 
 def _strays(link: Link, there: Mapping[Path, Counter[Path]], back: Mapping[Path, Counter[Path]]) -> bool:

@@ -120,5 +120,5 @@ def telling(phrase: Phrase, items: Iterable[Item]) -> bool:
 def turn_of(words: frozenset[str], rows: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
     if all(word[0].isdecimal() and not word.endswith(" of 1-2") for word in words):
         return ()  # a number that says it all is of a row of two: the first of three may be another map
-    words = frozenset(word if " of 0-" in word else word.partition(" ")[0] for word in words)
+    words = frozenset(word.partition(" ")[0] if " of 1-" in word else word for word in words)
     return tuple(sorted({turn for row in rows for turn, text in enumerate(row) if words == frozenset(text.split())}))
