@@ -13,8 +13,9 @@ from warmstart.mapping.suggesting.indices import ListSets, shift
 from warmstart.mapping.suggesting.items import matched
 from warmstart.mapping.suggesting.learning import learned
 from warmstart.mapping.suggesting.linking import Evidence, Link, Twins
-from warmstart.mapping.suggesting.matching import Side, pair
+from warmstart.mapping.suggesting.matching import pair
 from warmstart.mapping.suggesting.siblings import Siblings
+from warmstart.mapping.suggesting.side import Side
 from warmstart.mapping.suggesting.structure import structure
 from warmstart.mapping.suggesting.templates import Template, index_positions, templates
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
@@ -75,7 +76,7 @@ class Inference:
     entries: list[Template]
     sure: list[Match] = field(default_factory=list)
     guesses: list[Guess] = field(default_factory=list)
-    layers: list[Match] = field(default_factory=list)
+    layers: frozenset[Match] = frozenset()
 
     def left(self) -> tuple[list[Template], list[Template]]:
         """The templates of both sides of which no tensor is matched or guessed."""
@@ -172,7 +173,7 @@ def _with_layers(found: Inference, layers: Mapping[str, str]) -> Inference:
     ]
     keys = _apart(found.keys, {m.key for m in found.sure}, [m.key for m in added])
     entries = _apart(found.entries, {m.entry for m in found.sure}, [m.entry for m in added])
-    return Inference(keys, entries, [*found.sure, *added], guesses, added)
+    return Inference(keys, entries, [*found.sure, *added], guesses, frozenset(added))
 
 
 def _alone(template: Template, indices: tuple[int, ...]) -> Template:

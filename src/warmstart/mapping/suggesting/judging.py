@@ -10,8 +10,9 @@ from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import Item, matched
 from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
-from warmstart.mapping.suggesting.matching import Candidate, Pairing, Side, own_partner
+from warmstart.mapping.suggesting.matching import Candidate, Pairing, own_partner
 from warmstart.mapping.suggesting.siblings import Siblings
+from warmstart.mapping.suggesting.side import Side
 from warmstart.mapping.suggesting.spelling import spelled_alike
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
 from warmstart.mapping.suggesting.vocabulary import FUSED, apart

@@ -10,8 +10,9 @@ from enum import IntEnum
 
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import Item, fit
-from warmstart.mapping.suggesting.matching import Side, order_agrees, spread_apart
+from warmstart.mapping.suggesting.matching import order_agrees, spread_apart
 from warmstart.mapping.suggesting.place_words import Modules, PlaceWords, telling, turn_of
+from warmstart.mapping.suggesting.side import Side
 from warmstart.mapping.suggesting.templates import Path, Place, numbered
 from warmstart.mapping.suggesting.vocabulary import Phrase
 

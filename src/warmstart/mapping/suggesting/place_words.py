@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from warmstart.mapping.suggesting.items import Item
-from warmstart.mapping.suggesting.matching import Side
+from warmstart.mapping.suggesting.side import Side
 from warmstart.mapping.suggesting.templates import Path, Place, index_positions, numbered
 from warmstart.mapping.suggesting.vocabulary import BESIDE, Phrase
 from warmstart.mapping.suggesting.words import INDEX
