@@ -32,6 +32,8 @@ def fitted(
         known: Entry to key, of what names say already.
         lexicon: How segments are read.
     """
+    if any(all(len(template.shape) < 3 for template in side) for side in (keys, entries)):
+        return {}  # no convolutions
     a, b = Tree.of(keys), Tree.of(entries)
     fit = _Fit(a, b)
     by_entry = {name: layer for layer in b.layers for name, _ in layer.tensors.values()}
@@ -39,8 +41,6 @@ def fitted(
     for entry, key in known.items():
         if key in by_key and entry in by_entry:
             fit.settle(by_key[key], by_entry[entry])
-    if len(fit.images) == len(a.layers) or all(len(layer.shape) < 3 for layer in a.layers):
-        return {}
     fit.spread()
     out = {}
     for x, y in fit.trusted(lexicon):
