@@ -75,8 +75,8 @@ class _Fit:
 
     def spread(self) -> None:
         for _ in range(_ROUNDS):
-            moved = [self._follow(), self._classes()]
-            if not any(moved) and not self._by_names():
+            moved = [self._follow(), self._classes(self._open())]
+            if not any(moved) and not self._by_names() and not self._classes(self._open(anywhere=True)):
                 return
 
     def _follow(self) -> bool:
@@ -88,10 +88,10 @@ class _Fit:
                 moved |= self.settle(before, after)
         return moved
 
-    def _classes(self) -> bool:
-        """Layers of one shape beside the same settled ones, one on each side, or several in the order of numbers."""
+    def _classes(self, found: Iterable[tuple[list[Layer], list[Layer]]]) -> bool:
+        """Layers of one kind, one on each side, or several in the order of numbers."""
         moved = False
-        for xs, ys in self._open():
+        for xs, ys in found:
             if len(xs) == len(ys) == 1:
                 moved |= self.settle(xs[0], ys[0])
             elif len(xs) == len(ys) and self._is_placed(self.a, xs) and self._is_placed(self.b, ys):
@@ -99,14 +99,16 @@ class _Fit:
                     moved |= self.settle(x, y)
         return moved
 
-    def _open(self) -> list[tuple[list[Layer], list[Layer]]]:
+    def _open(self, *, anywhere: bool = False) -> list[tuple[list[Layer], list[Layer]]]:
+        """Unsettled layers of one shape on both sides, beside the same settled ones, or anywhere."""
         number = {x: hash((turn, "settled")) for turn, x in enumerate(self.images)}
         beside = _sums(number), _sums({self.images[x]: n for x, n in number.items()})
         found: dict[Hashable, tuple[list[Layer], list[Layer]]] = defaultdict(lambda: ([], []))
         for side, (layers, settled) in enumerate(((self.a.layers, self.images), (self.b.layers, self.origins))):
             for layer in layers:
                 if layer not in settled:
-                    found[layer.shape, beside[side].get(_around(layer.path, beside[side]), 0)][side].append(layer)
+                    place = 0 if anywhere else beside[side].get(_around(layer.path, beside[side]), 0)
+                    found[layer.shape, place][side].append(layer)
         return list(found.values())
 
     @staticmethod
@@ -144,17 +146,31 @@ class _Fit:
         settled = _counts(self.images), _counts(self.origins)
         both = Counter((p, q) for x, y in self.images.items() for p in _above(x.path) for q in _above(y.path))
         crossed = self._crossed()
-        return [
-            (x, y)
+        good = {
+            x
             for x, y in self.images.items()
             if (self.a.is_fixed(x.path) or self.b.is_fixed(y.path))
-            and self._is_told(x, y)
-            and not apart(_words(x.path, lexicon), _words(y.path, lexicon))
             and _is_whole(self.a, x.path, settled[0])
             and _is_whole(self.b, y.path, settled[1])
             and all(both[p, q] in (settled[0][p], settled[1][q]) for p in _above(x.path) for q in _above(y.path))
             and not any((p, q) in crossed for p in self.a.rows_of(x.path) for q in self.b.rows_of(y.path))
+        }
+        return [
+            (x, self.images[x])
+            for x in self._wholly(good)
+            if self._is_told(x, self.images[x])
+            and not apart(_words(x.path, lexicon), _words(self.images[x].path, lexicon))
         ]
+
+    def _wholly(self, good: set[Layer]) -> list[Layer]:
+        """What is left of layers without the items of rows that have others as well, on either side."""
+        items = {x: (self.a.items_of(x.path), self.b.items_of(y.path)) for x, y in self.images.items()}
+        while True:
+            bad = [{item for x, both in items.items() if x not in good for item in both[side]} for side in (0, 1)]
+            left = {x for x in good if all(bad[side].isdisjoint(items[x][side]) for side in (0, 1))}
+            if len(left) == len(good):
+                return [x for x in self.images if x in left]
+            good = left
 
     def _is_told(self, x: Layer, y: Layer) -> bool:
         """Whether it is a convolution, whose widths chain, what follows one, or in the order of an `nn.Sequential`.
@@ -224,9 +240,7 @@ def _counts(layers: Iterable[Layer]) -> Counter[Path]:
 def _is_whole(tree: Tree, path: Path, settled: Counter[Path]) -> bool:
     """Whether no row around a layer lacks anything, and all in each of its items that the layer stands in is settled."""
     return not tree.is_broken(path) and all(
-        settled[parent_path] == tree.profiles[parent_path].total()
-        for parent, stem in tree.rows_of(path[:-1])
-        for parent_path in [path[: len(parent) + 1]]
+        settled[item] == tree.profiles[item].total() for item in tree.items_of(path[:-1])
     )
 
 

@@ -95,6 +95,10 @@ class Tree:
             if number is not None:
                 yield (path[:depth], stem), number
 
+    def items_of(self, path: Path) -> list[Path]:
+        """The items of rows that a path is or lies in."""
+        return [_item(row, number) for row, number in self.turns(path)]
+
     def is_broken(self, path: Path) -> bool:
         """Whether a row that a path goes through starts late or lacks some: others may be missing at its end as well."""
         return any(self._lacks(row) for row in self.rows_of(path))
@@ -105,7 +109,8 @@ class Tree:
             numbers = self.rows[row]
             steps = {after - before for before, after in _steps(numbers)}
             even = not row[1] and len(numbers) > _EVEN and len(steps) == 1 and max(steps) <= _BETWEEN + 1
-            late = min(numbers) > (_FIRST if _item(row, min(numbers)) in self.at else self.starts[_kind(row)])
+            named = row[1] and _item(row, min(numbers)) in self.at  # `_bn1`, where the block has no `_bn0`
+            late = min(numbers) > (_FIRST if named else self.starts[_kind(row)])
             known = late or not (even or not any(self._gap(row, *two) for two in _steps(numbers)))
             self._broken[row] = known
         return known
