@@ -138,6 +138,46 @@ def test_another_layer_of_one_shape_missing_on_each_side(suggest, lost, other, n
     assert {entry: truth[entry] for entry in found} == found
 
 
+def darknet(count=4):
+    """Stages of a convolution and blocks, named, and all in one row: the first two 3x3 maps of a stage are of one shape."""
+    rows, width = [(("conv1.conv", "conv1.bn"), ("model.0.conv", "model.0.bn"), (4, 3, 3, 3))], 4
+    for stage in range(1, count + 1):
+        at, turn = f"stage{stage}", 2 * stage - 1
+        rows.append(
+            ((f"{at}.conv.conv", f"{at}.conv.bn"), (f"model.{turn}.conv", f"model.{turn}.bn"), (2 * width, width, 3, 3))
+        )
+        width *= 2
+        for block in range(stage):
+            for part, shape in ((1, (width // 2, width, 1, 1)), (2, (width, width // 2, 3, 3))):
+                theirs, ours = f"{at}.res{block}.conv{part}", f"model.{turn + 1}.{block}.cv{part}"
+                rows.append(((f"{theirs}.conv", f"{theirs}.bn"), (f"{ours}.conv", f"{ours}.bn"), shape))
+    return pair(rows)
+
+
+def test_what_nothing_beside_it_settles_is_told_by_all(suggest):
+    keys, entries, truth = darknet()
+    assert sure(suggest(keys, entries)) == truth
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("make", [darknet, residual, lambda: bottlenecks(separately)])
+def test_nothing_sure_is_wrong_whatever_is_missing(suggest, make, seed):
+    keys, entries, truth = make()
+    chance = random.Random(seed)
+    for side in (keys, entries):
+        modules = sorted(
+            {name.rsplit(".", depth)[0] for name in side for depth in (1, 2, 3) if name.count(".") > depth}
+        )
+        for lost in chance.sample(modules, 2):
+            for name in [name for name in side if name.startswith(f"{lost}.")]:
+                del side[name]
+    try:
+        found = sure(suggest(keys, entries))
+    except MappingError:
+        return
+    assert {entry: truth.get(entry) for entry in found} == found
+
+
 def test_like_blocks_may_be_any(suggest):
     """A tower of blocks that are all alike, one of two on each side: shapes say nothing of which it is."""
     keys, entries, _ = bottlenecks(named)

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from warmstart.mapping.suggesting.layers import Layer, Row, Tree, ordered
+from warmstart.mapping.suggesting.layers import Layer, Row, Tree, item_of, ordered
 from warmstart.mapping.suggesting.templates import Path, Template
 from warmstart.mapping.suggesting.vocabulary import apart
 from warmstart.mapping.suggesting.words import Lexicon
@@ -145,7 +145,7 @@ class _Fit:
             return []
         settled = _counts(self.images), _counts(self.origins)
         both = Counter((p, q) for x, y in self.images.items() for p in _above(x.path) for q in _above(y.path))
-        crossed = self._crossed()
+        crossed = self._crossed(settled)
         good = {
             x
             for x, y in self.images.items()
@@ -180,17 +180,18 @@ class _Fit:
         map_ = self.a.partner.get(x, x) if x.is_norm else x
         return len(map_.shape) > 2 or x.path[-1].isdecimal() or y.path[-1].isdecimal()
 
-    def _crossed(self) -> set[tuple[Row, Row]]:
-        """Rows whose numbers go together in another order than ascending."""
+    def _crossed(self, settled: tuple[Counter[Path], Counter[Path]]) -> set[tuple[Row, Row]]:
+        """Rows whose numbers go together in another order than ascending, or with other items left out between them."""
         numbers: dict[tuple[Row, Row], set[tuple[int, int]]] = defaultdict(set)
         for x, y in self.images.items():
             for p, turn in self.a.turns(x.path):
                 for q, other in self.b.turns(y.path):
                     numbers[p, q].add((turn, other))
         return {
-            rows
-            for rows, pairs in numbers.items()
-            if any(one[1] > two[1] for one, two in pairwise(sorted(pairs)) if one[0] < two[0])
+            (p, q)
+            for (p, q), pairs in numbers.items()
+            for (i, j), (k, m) in pairwise(sorted(pairs))
+            if i < k and (j > m or _left_out(self.a, p, i, k, settled[0]) != _left_out(self.b, q, j, m, settled[1]))
         }
 
 
@@ -234,13 +235,19 @@ def _sums(numbers: Mapping[Layer, int]) -> Counter[Path]:
 
 
 def _counts(layers: Iterable[Layer]) -> Counter[Path]:
-    return Counter(path for layer in layers for path in _above(layer.path))
+    return Counter(path for layer in layers for path in (*_above(layer.path), layer.path))
+
+
+def _left_out(tree: Tree, row: Row, first: int, last: int, settled: Counter[Path]) -> int:
+    """How many items of a row between two others have unsettled layers."""
+    between = (item_of(row, number) for number in tree.rows[row] if first < number < last)
+    return sum(settled[item] < tree.profiles[item].total() for item in between)
 
 
 def _is_whole(tree: Tree, path: Path, settled: Counter[Path]) -> bool:
     """Whether no row around a layer lacks anything, and all in each of its items that the layer stands in is settled."""
     return not tree.is_broken(path) and all(
-        settled[item] == tree.profiles[item].total() for item in tree.items_of(path[:-1])
+        settled[item] == tree.profiles[item].total() for item in tree.items_of(path)
     )
 
 

@@ -97,7 +97,7 @@ class Tree:
 
     def items_of(self, path: Path) -> list[Path]:
         """The items of rows that a path is or lies in."""
-        return [_item(row, number) for row, number in self.turns(path)]
+        return [item_of(row, number) for row, number in self.turns(path)]
 
     def is_broken(self, path: Path) -> bool:
         """Whether a row that a path goes through starts late or lacks some: others may be missing at its end as well."""
@@ -109,7 +109,7 @@ class Tree:
             numbers = self.rows[row]
             steps = {after - before for before, after in _steps(numbers)}
             even = not row[1] and len(numbers) > _EVEN and len(steps) == 1 and max(steps) <= _BETWEEN + 1
-            named = row[1] and _item(row, min(numbers)) in self.at  # `_bn1`, where the block has no `_bn0`
+            named = row[1] and item_of(row, min(numbers)) in self.at  # `_bn1`, where the block has no `_bn0`
             late = min(numbers) > (_FIRST if named else self.starts[_kind(row)])
             known = late or not (even or not any(self._gap(row, *two) for two in _steps(numbers)))
             self._broken[row] = known
@@ -117,7 +117,7 @@ class Tree:
 
     def _gap(self, row: Row, before: int, after: int) -> bool:
         """Whether numbers between two of a row are missing that are of no activation in an `nn.Sequential`."""
-        modules = all(_item(row, number) not in self.at for number in (before, after))
+        modules = all(item_of(row, number) not in self.at for number in (before, after))
         return after - before - 1 > (0 if modules or row[1] else _BETWEEN)
 
     def is_fixed(self, path: Path) -> bool:
@@ -130,7 +130,7 @@ class Tree:
             seen: set[Shape] = set()
             unlike = 0
             for number in sorted(self.rows[row]):
-                maps = {shape for shape in self.profiles[_item(row, number)] if len(shape) > 1}
+                maps = {shape for shape in self.profiles[item_of(row, number)] if len(shape) > 1}
                 if maps and not maps & seen:
                     unlike += 1
                     seen |= maps
@@ -142,7 +142,8 @@ def _kind(row: Row) -> Row:
     return tuple(stem + INDEX if number is not None else stem for stem, number in map(counted, row[0])), row[1]
 
 
-def _item(row: Row, number: int) -> Path:
+def item_of(row: Row, number: int) -> Path:
+    """The path of one of a row."""
     return (*row[0], f"{row[1]}{number}")
 
 
