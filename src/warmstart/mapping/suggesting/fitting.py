@@ -74,6 +74,7 @@ class _Fit:
         return True
 
     def spread(self) -> None:
+        """Settles what shapes, numbers, places and names that went together say, until they say no more."""
         for _ in range(_ROUNDS):
             moved = [self._follow(), self._classes(self._open())]
             if not any(moved) and not self._by_names() and not self._classes(self._open(anywhere=True)):
@@ -101,7 +102,7 @@ class _Fit:
 
     def _open(self, *, anywhere: bool = False) -> list[tuple[list[Layer], list[Layer]]]:
         """Unsettled layers of one shape on both sides, beside the same settled ones, or anywhere."""
-        number = {x: hash((turn, "settled")) for turn, x in enumerate(self.images)}
+        number = {x: hash((turn, ~turn)) for turn, x in enumerate(self.images)}
         beside = _sums(number), _sums({self.images[x]: n for x, n in number.items()})
         found: dict[Hashable, tuple[list[Layer], list[Layer]]] = defaultdict(lambda: ([], []))
         for side, (layers, settled) in enumerate(((self.a.layers, self.images), (self.b.layers, self.origins))):
