@@ -73,7 +73,9 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
             continue
         if not (closed and link.evidence) or link.doubted or owned or apart(a, b):
             continue
-        if _lacks(link.key.path, keys) or _lacks(link.entry.path, entries) or any(map(_is_late, a | b)):
+        if _lacks(link.key.path, keys) or _lacks(link.entry.path, entries) or any(map(_lost, a | b)):
+            continue
+        if _around_numbers(link.key.path, link.place[0]) != _around_numbers(link.entry.path, link.place[1]):
             continue
         row = any(
             len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})
@@ -176,6 +178,11 @@ def _lacks(path: Path, side: Side) -> bool:
 def _is_layer(path: Path, side: Side) -> bool:
     """Whether a module has tensors of its own, as those have that stand between activations in an `nn.Sequential`."""
     return path in side.names or not LEAVES.isdisjoint(side.children.get(path, ()))
+
+
+def _around_numbers(path: Path, place: Path) -> list[int]:
+    """The numbers of modules around a tensor: where the other side has another, the like of one may be the one that is meant."""
+    return [number for segment in path[len(place) : -1] if (number := numbered(segment)[1]) is not None]
 
 
 def _is_late(word: str) -> bool:

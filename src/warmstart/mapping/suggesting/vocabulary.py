@@ -75,9 +75,9 @@ SYNONYMS = (
     ),
     Synonym(("register", "storage"), "tokens beside the patches", "DINOv2 and its transformers port; DINOv3"),
     Synonym(
-        ("cross attention", "cross attn", "crossattention", "encoder attention", "encoder attn"),
+        ("cross attention", "cross attn", "crossattention", "encoder attention", "encoder attn", "context attention"),
         "attention to another sequence",
-        "whisper; fairseq; transformers BART",
+        "whisper; fairseq; transformers BART; OpenNMT",
     ),
     Synonym(("embed", "embedding", "emb", "embedder"), "an abbreviation", "all"),
     Synonym(("position", "pos", "positional"), "an abbreviation", "timm; CLIP"),
