@@ -181,7 +181,7 @@ def _is_layer(path: Path, side: Side) -> bool:
 
 
 def _around_numbers(path: Path, place: Path) -> list[int]:
-    """The numbers of modules around a tensor: where the other side has another, the like of one may be the one that is meant."""
+    """The numbers of modules around a tensor: where the other side has others, it may mean the like of one."""
     return [number for segment in path[len(place) : -1] if (number := numbered(segment)[1]) is not None]
 
 
