@@ -1,7 +1,7 @@
 """Fine-tune a pretrained MobileNetV2 on 400 handwritten digits with Lightning, and see what the warm start is worth.
 
 Three arms, equal in everything but the callback: warm and frozen, warm and trained, from scratch. Prints accuracy per
-epoch and the report of the load, writes TensorBoard logs and `curves.png`, and ends with PASS or what failed.
+epoch, the rules of the load and its report, writes TensorBoard logs and `curves.png`, and ends with PASS or what failed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from mobilenetv2 import RENAMES, MobileNetV2
+import warmstart
+from mobilenetv2 import MobileNetV2
 from real_weights import MOBILENETV2
 from warmstart import WarmStartError
 from warmstart_lightning import WarmStart
@@ -227,7 +228,10 @@ def main() -> int:
 
     weights = MOBILENETV2.fetch()
     loaders = digits()
-    frozen_start = WarmStart(weights, into="backbone", rename=RENAMES, freeze=True)
+    suggestion = warmstart.suggest(MobileNetV2(), weights)  # the file numbers its layers, the network names them
+    print(f"\n{suggestion}")
+    rules = replace(suggestion.pretrained, into="backbone")
+    frozen_start = WarmStart(replace(rules, freeze=True))
     frozen = train("warm and frozen", frozen_start, loaders, options.seed, options.output)
     found = []
     report = frozen_start.report
@@ -240,7 +244,7 @@ def main() -> int:
     except WarmStartError as error:
         found.append(str(error))
 
-    trained_start = WarmStart(weights, into="backbone", rename=RENAMES)
+    trained_start = WarmStart(rules)
     trained = train("warm and trained", trained_start, loaders, options.seed, options.output)
     scratch = train("from scratch", None, loaders, options.seed, options.output)
 

@@ -40,3 +40,8 @@ def test_a_spelling_of_both_sides_has_its_own_partner():
 
 def test_without_the_vocabulary_names_are_what_they_are():
     assert torch_names(["dense.kernel"], [], Lexicon(False)) == {"dense.kernel": "dense.kernel"}
+
+
+def test_a_tensor_that_some_items_of_a_list_lack_is_still_the_modules_own():
+    names = ["layers.0.scaling.s", "layers.0.scaling.b", "layers.1.scaling.b"]
+    assert list(torch_names(names, [], Lexicon())) == list(torch_names(names, [], Lexicon()).values())

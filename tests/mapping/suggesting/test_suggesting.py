@@ -634,3 +634,46 @@ def test_subtrees_of_a_resnet_under_a_prefix_go_where_their_names_say(suggest, d
     suggestion = suggest(keys, {entry: keys[key] for entry, key in truth.items()})
     assert {entry: found[0] for entry, found in suggestion.mapping.items()} == truth
     assert set(suggestion.unexplained.keys) == {key for key in keys if key.startswith(dropped)}
+
+
+def block(names, d=D):
+    return {f"{name}.{leaf}": shape for name in names for leaf, shape in (("weight", (d,)), ("bias", (d,)))}
+
+
+def test_the_last_norm_of_a_block_is_not_that_of_a_stack(suggest):
+    """`final_layer_norm` of a block and `layer_norm` of the other's, each of whose partners is missing."""
+    parts = {f"attn.{p}.weight": (D, D) for p in ("q_proj", "k_proj")} | {"fc1.weight": (F, D), "fc2.weight": (D, F)}
+    keys = layers("layers.{}", parts | block(["final_layer_norm"]), range(4))
+    entries = layers("layers.{}", parts | block(["layer_norm"]), range(4))
+    suggestion = suggest(keys, entries)
+    assert not any("layer_norm" in entry for entry in suggestion.mapping)
+
+
+def test_attention_to_itself_is_not_attention_to_another_sequence(suggest):
+    parts = {
+        f"{p}.{leaf}": shape for p in ("q", "k", "v", "out") for leaf, shape in (("weight", (D, D)), ("bias", (D,)))
+    }
+    mlp = {"mlp.0.weight": (F, D), "mlp.2.weight": (D, F)}
+    keys = layers("blocks.{}", {f"cross_attn.{p}": s for p, s in parts.items()} | mlp, range(4))
+    entries = layers("layers.{}", {f"self_attn.{p}": s for p, s in parts.items()} | mlp, range(4))
+    suggestion = suggest(keys, entries)
+    assert not any("attn" in entry for entry in suggestion.mapping)
+
+
+def test_a_list_is_spread_whichever_of_its_named_parts_is_there(suggest):
+    """`layers.0` of three is `proj_in`, also where the model has no `proj_in`."""
+    keys = layers("head.layers.{}", {"weight": (D, D), "bias": (D,)}, range(2)) | {"head.layers.2.weight": (4, D)}
+    entries = {"head.layers.0.weight": (D, D), "head.layers.0.bias": (D,), "head.proj_out.weight": (4, D)}
+    more = layers("body.{}", BERT, range(4))
+    suggestion = suggest(keys | more, entries | more)
+    assert not any(entry.startswith("head.layers") for entry in suggestion.mapping)
+
+
+def test_the_two_maps_of_an_mlp_by_any_of_their_names(suggest):
+    own = {"feed_forward.intermediate_dense.weight": (F, D), "feed_forward.output_dense.weight": (D, F)}
+    parts = {f"self_attn.{p}_proj.weight": (D, D) for p in "qkv"}
+    keys = layers("layers.{}", parts | {"fc1.weight": (F, D), "fc2.weight": (D, F)}, range(4))
+    entries = layers("layers.{}", {f"attention.{p}_proj.weight": (D, D) for p in "qkv"} | own, range(4))
+    mapping = suggest(keys, entries).mapping
+    assert mapping["layers.1.feed_forward.intermediate_dense.weight"] == ("layers.1.fc1.weight",)
+    assert len(mapping) == len(entries)

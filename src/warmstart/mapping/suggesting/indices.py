@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.templates import Path, Template, index_positions
+
+# Module to each segment right below it, to the rest of the path and the shape of every tensor there.
+Children = dict[Path, dict[str, set[tuple[Path, Shape]]]]
 
 
 @dataclass(slots=True)
@@ -15,20 +19,20 @@ class ListSets:
 
     Attributes:
         together: Path of a list to the indices of all its tensors.
-        children: Path of a module to the segments right below it, of lists and of what is no list.
+        children: What stands right below each module, of lists and of what is no list.
         apart: Path of a list to the path of each tensor in it to that tensor's indices.
     """
 
     together: dict[Path, set[int]] = field(default_factory=lambda: defaultdict(set))
     apart: dict[Path, dict[Path, set[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
-    children: dict[Path, set[str]] = field(default_factory=lambda: defaultdict(set))
+    children: Children = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
 
     @classmethod
     def of(cls, templates: Iterable[Template]) -> ListSets:
         sets = cls()
         for template in templates:
             for depth, segment in enumerate(template.path):
-                sets.children[template.path[:depth]].add(segment)
+                sets.children[template.path[:depth]][segment].add((template.path[depth + 1 :], template.shape))
             for turn, position in enumerate(index_positions(template.path)):
                 found = {indices[turn] for indices in template.names}
                 sets.together[template.path[: position + 1]] |= found
@@ -36,20 +40,23 @@ class ListSets:
         return sets
 
 
-def spread(
-    lost: int, shorter: Mapping[Path, set[str]], short: Path, longer: Mapping[Path, set[str]], long: Path
-) -> bool:
+def spread(lost: Iterable[str], shorter: Children, short: Path, longer: Children, long: Path) -> bool:
     """Whether items that a list has lost may stand beside it under names: `0, 1, 2` as `proj_in`, `layers.0`, `proj_out`.
 
     Args:
-        lost: How many items one side has more.
-        shorter: The segments below each module of the other side.
+        lost: The segments of the items that one side has more.
+        shorter: What stands below each module of the other side.
         short: The list there.
-        longer: The segments of the side that has more.
+        longer: The same of the side that has more.
         long: The list there.
     """
-    beside = [len(shorter[short[:-up]] - longer[long[:-up]]) for up in (1, 2) if len(short) >= up and len(long) >= up]
-    return 0 < lost <= max(beside, default=0)
+    tensors = {tensor for segment in lost for tensor in longer[long[:-1]].get(segment, ())}
+    return any(
+        segment not in longer[long[:-up]] and not tensors.isdisjoint(below)
+        for up in (1, 2)
+        if len(short) >= up and len(long) >= up
+        for segment, below in shorter[short[:-up]].items()
+    )
 
 
 def shift(keys: ListSets, key: Path, key_at: int, entries: ListSets, entry: Path, entry_at: int) -> int | None:
@@ -74,9 +81,8 @@ def shift(keys: ListSets, key: Path, key_at: int, entries: ListSets, entry: Path
     if alone and own[0] != own[1] and not min(own[0]) == min(own[1]) == 0:
         return None
     a, b = keys.together[key_list], entries.together[entry_list]
-    if a != b and (
-        spread(len(a - b), entries.children, entry_list, keys.children, key_list)
-        or spread(len(b - a), keys.children, key_list, entries.children, entry_list)
+    if (a - b and spread(key_list[-1:], entries.children, entry_list, keys.children, key_list)) or (
+        b - a and spread(entry_list[-1:], keys.children, key_list, entries.children, entry_list)
     ):
         return None
     if a == b or (min(a) == min(b) == 0):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from warmstart.errors import MappingError
 from warmstart.mapping.derivations import Shape
+from warmstart.mapping.suggesting.fitting import fitted
 from warmstart.mapping.suggesting.indices import ListSets, shift
 from warmstart.mapping.suggesting.items import matched
 from warmstart.mapping.suggesting.learning import learned
 from warmstart.mapping.suggesting.linking import Evidence, Link, Twins
-from warmstart.mapping.suggesting.matching import Side, pair
+from warmstart.mapping.suggesting.matching import pair
 from warmstart.mapping.suggesting.siblings import Siblings
+from warmstart.mapping.suggesting.side import Side
 from warmstart.mapping.suggesting.structure import structure
 from warmstart.mapping.suggesting.templates import Template, index_positions, templates
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
@@ -66,12 +69,14 @@ class Inference:
         guesses: Pairs with less.
         keys: All templates of the checkpoint.
         entries: All templates of the model.
+        layers: The sure pairs that layers say, and no names.
     """
 
     keys: list[Template]
     entries: list[Template]
     sure: list[Match] = field(default_factory=list)
     guesses: list[Guess] = field(default_factory=list)
+    layers: frozenset[Match] = frozenset()
 
     def left(self) -> tuple[list[Template], list[Template]]:
         """The templates of both sides of which no tensor is matched or guessed."""
@@ -100,8 +105,11 @@ def infer(keys: Mapping[str, Shape], entries: Mapping[str, Shape], *, vocabulary
                 "that suggest compares; it says nothing of them\n"
                 '  -> narrow both sides, into="..." and select=["..."]; else write the rules by hand, rename={...}'
             )
-    first, renamed = _read(both[0], both[1], Lexicon(vocabulary))
-    return _joined(first, _read(both[0], both[1], Lexicon(vocabulary, renamed))[0]) if renamed else first
+    found, renamed = _read(both[0], both[1], Lexicon(vocabulary))
+    if renamed:
+        found = _joined(found, _read(both[0], both[1], Lexicon(vocabulary, renamed))[0])
+    known = {entry: key for match in found.sure for entry, key in match.names().items()}
+    return _with_layers(found, fitted(both[0], both[1], known, Lexicon(vocabulary)))
 
 
 def _read(keys: list[Template], entries: list[Template], lexicon: Lexicon) -> tuple[Inference, dict[str, str]]:
@@ -139,6 +147,54 @@ def _joined(first: Inference, second: Inference) -> Inference:
     taken = {t for m in sure for t in (m.key, m.entry)}
     guesses = [g for g in second.guesses if all(m.key not in taken and m.entry not in taken for m in g.readings[0])]
     return Inference(first.keys, first.entries, list(sure), guesses)
+
+
+def _with_layers(found: Inference, layers: Mapping[str, str]) -> Inference:
+    """With pairs of names (key to entry) that layers say: of whole templates, or of single names where these go apart."""
+    known = {name for match in found.sure for two in match.names().items() for name in two}
+    pairs = {key: entry for key, entry in layers.items() if key not in known and entry not in known}
+    if not pairs:
+        return found
+    at = [{name: (t, i) for t in side for i, name in t.names.items()} for side in (found.keys, found.entries)]
+    groups: dict[tuple[Template, Template], dict[tuple[int, ...], tuple[int, ...]]] = defaultdict(dict)
+    for name, other in pairs.items():
+        (key, i), (entry, j) = at[0][name], at[1][other]
+        groups[key, entry][i] = j
+    added = []
+    for (key, entry), indices in groups.items():
+        if len(indices) == len(key.names) == len(entry.names) and all(i == j for i, j in indices.items()):
+            added.append(Match(key, entry, _unshifted(key)))
+        else:
+            added += [Match(_alone(key, i), _alone(entry, j), ()) for i, j in indices.items()]
+    guesses = [
+        guess
+        for guess in found.guesses
+        if all(key not in pairs for reading in guess.readings for match in reading for key in match.names().values())
+    ]
+    keys = _apart(found.keys, {m.key for m in found.sure}, [m.key for m in added])
+    entries = _apart(found.entries, {m.entry for m in found.sure}, [m.entry for m in added])
+    return Inference(keys, entries, [*found.sure, *added], guesses, frozenset(added))
+
+
+def _alone(template: Template, indices: tuple[int, ...]) -> Template:
+    """One name of a template, as a template of its own."""
+    name = template.names[indices]
+    spelled = tuple(name.split("."))
+    leaf = spelled[-1] if template.path[-1].endswith(INDEX) else template.path[-1]
+    return Template((*spelled[:-1], leaf), template.shape, spelled[-1], {(): name})
+
+
+def _apart(side: list[Template], known: set[Template], added: list[Template]) -> list[Template]:
+    """The templates of a side, those that names were taken from without these."""
+    names = {name for template in added for name in template.names.values()}
+    out = [*added]
+    for template in side:
+        left = {i: name for i, name in template.names.items() if name not in names}
+        if template in known or len(left) == len(template.names):
+            out.append(template)
+        elif left:
+            out.append(replace(template, names=left))
+    return out
 
 
 def _add(

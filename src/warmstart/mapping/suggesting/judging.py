@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import Item, matched
 from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
-from warmstart.mapping.suggesting.matching import Candidate, Pairing, Side, own_partner
+from warmstart.mapping.suggesting.matching import Candidate, Pairing, own_partner
 from warmstart.mapping.suggesting.siblings import Siblings
+from warmstart.mapping.suggesting.side import Side
 from warmstart.mapping.suggesting.spelling import spelled_alike
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
 from warmstart.mapping.suggesting.vocabulary import FUSED, apart
@@ -70,6 +72,10 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
             sure.add(link)
             continue
         if not (closed and link.evidence) or link.doubted or owned or apart(a, b):
+            continue
+        if _lacks(link.key.path, keys) or _lacks(link.entry.path, entries) or any(map(_lost, a | b)):
+            continue
+        if _around_numbers(link.key.path, link.place[0]) != _around_numbers(link.entry.path, link.place[1]):
             continue
         row = any(
             len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})
@@ -153,7 +159,35 @@ def _swapped(link: Link, keys: Side, entries: Side) -> bool:
 def _lost(word: str) -> bool:
     """Whether a number's row, as in `2 of 2-3`, starts late or has nothing else."""
     first, _, last = word.partition(" of ")[2].partition("-")
-    return bool(last) and (int(first) > 1 or first == last)
+    return bool(last) and (_is_late(word) or first == last)
+
+
+def _lacks(path: Path, side: Side) -> bool:
+    """Whether a row of modules that a path goes through has gaps: what is left of it may be another's."""
+    for depth, segment in enumerate(path):
+        stem, number = numbered(segment)
+        if number is not None:
+            row = sorted(
+                n for n in side.families[path[:depth], stem] if not _is_layer((*path[:depth], f"{stem}{n}"), side)
+            )
+            if any(after - before > 1 for before, after in pairwise(row)):
+                return True
+    return False
+
+
+def _is_layer(path: Path, side: Side) -> bool:
+    """Whether a module has tensors of its own, as those have that stand between activations in an `nn.Sequential`."""
+    return path in side.names or not LEAVES.isdisjoint(side.children.get(path, ()))
+
+
+def _around_numbers(path: Path, place: Path) -> list[int]:
+    """The numbers of modules around a tensor: where the other side has others, it may mean the like of one."""
+    return [number for segment in path[len(place) : -1] if (number := numbered(segment)[1]) is not None]
+
+
+def _is_late(word: str) -> bool:
+    """Whether a number's row, as in `2 of 2-3`, has lost its first."""
+    return int(word.partition(" of ")[2].partition("-")[0] or 0) > 1
 
 
 def _strays(link: Link, there: Mapping[Path, Counter[Path]], back: Mapping[Path, Counter[Path]]) -> bool:

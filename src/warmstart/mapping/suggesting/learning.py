@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from warmstart.mapping.suggesting.contest import replaced
 from warmstart.mapping.suggesting.linking import Evidence
-from warmstart.mapping.suggesting.matching import Pairing, Side, replaced
+from warmstart.mapping.suggesting.matching import Pairing
+from warmstart.mapping.suggesting.side import Side
 from warmstart.mapping.suggesting.structure import Structure
 from warmstart.mapping.suggesting.templates import Place, numbered
 

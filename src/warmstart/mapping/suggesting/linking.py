@@ -10,8 +10,9 @@ from enum import IntEnum
 
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import Item, fit
-from warmstart.mapping.suggesting.matching import Side, order_agrees, spread_apart
-from warmstart.mapping.suggesting.place_words import Modules, PlaceWords, turn_of
+from warmstart.mapping.suggesting.matching import order_agrees, spread_apart
+from warmstart.mapping.suggesting.place_words import Modules, PlaceWords, telling, turn_of
+from warmstart.mapping.suggesting.side import Side
 from warmstart.mapping.suggesting.templates import Path, Place, numbered
 from warmstart.mapping.suggesting.vocabulary import Phrase
 
@@ -157,7 +158,7 @@ class Linker:
     def _by_phrase(self, place: Place, words: PlaceWords, xs: list[Item], ys: list[Item]) -> Iterator[Link]:
         said = [words.told(x) for x in xs], [words.told(y) for y in ys]
         for phrase in self.phrases:
-            if not phrase.tells:
+            if not telling(phrase, (*xs, *ys)):
                 continue
             turns = [[turn_of(w, phrase.rows) for w in side] for side in said]
             if all(sorted(t or (9,) for t in side) == [(0,), (1,)] for side in turns):
@@ -177,7 +178,7 @@ class Linker:
 
     def _by_numbers(self, place: Place, words: PlaceWords, xs: list[Item], ys: list[Item]) -> Iterator[Link]:
         """Two rows that differ by nothing but a number go together in ascending order."""
-        rows = [_row(items) for items in (xs, ys)]
+        rows = [_row(items, side) for items, side in ((xs, self.keys), (ys, self.entries))]
         if all(rows):
             for x, y in zip(*rows, strict=True):
                 yield self._link(place, words, x, y, numbers=True)
@@ -230,8 +231,8 @@ def _begins(a: str, b: str) -> bool:
     return len(short) <= _ABBREVIATION < len(long) and long.startswith(short)
 
 
-def _row(items: Sequence[Item]) -> list[Item]:
-    """Items whose paths differ in one number only, in its order; nothing if they do not."""
+def _row(items: Sequence[Item], side: Side) -> list[Item]:
+    """Items whose paths differ in one number only, in its order; nothing if they do not, or their row has lost its first."""
     found = []
     for item in items:
         number = numbered(item.path[-1])[1]
@@ -239,6 +240,6 @@ def _row(items: Sequence[Item]) -> list[Item]:
             found.append((number, item))
     stems = {(item.path[:-1], numbered(item.path[-1])[0]) for _, item in found}
     numbers = {number for number, _ in found}
-    if len(found) < len(items) or len(stems) > 1 or len(numbers) < len(items):
+    if len(found) < len(items) or len(stems) > 1 or len(numbers) < len(items) or min(side.families[stems.pop()]) > 1:
         return []
     return [item for _, item in sorted(found, key=lambda pair: pair[0])]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from warmstart.mapping.derivations import Shape
+from warmstart.mapping.suggesting.contest import contested, replaced, words_of
 from warmstart.mapping.suggesting.indices import spread
-from warmstart.mapping.suggesting.items import Item
 from warmstart.mapping.suggesting.leaves import LEAVES
-from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
+from warmstart.mapping.suggesting.side import Bag, Side, bag
+from warmstart.mapping.suggesting.templates import Path, Place, Template, numbered
 from warmstart.mapping.suggesting.vocabulary import apart
-from warmstart.mapping.suggesting.words import INDEX, Lexicon
-
-Bag = tuple[str, ...]
+from warmstart.mapping.suggesting.words import Lexicon
 
 Tail = tuple[Bag, Shape]
 
@@ -39,73 +37,6 @@ class Candidate:
     place: Place
     tail: Bag
     rank: int
-
-
-@dataclass(slots=True)
-class Side:
-    """The templates of one side and what their words say."""
-
-    templates: Sequence[Template]
-    lexicon: Lexicon
-    paths: set[Path] = field(default_factory=set)
-    names: set[Path] = field(default_factory=set)
-    readings: set[tuple[Bag, ...]] = field(default_factory=set)
-    segments: set[str] = field(default_factory=set)
-    parents: Counter[str] = field(default_factory=Counter)
-    words: Counter[str] = field(default_factory=Counter)
-    tails: dict[Template, list[Bag]] = field(default_factory=dict)
-    families: dict[tuple[Path, str], set[int]] = field(default_factory=lambda: defaultdict(set))
-    children: dict[Path, set[str]] = field(default_factory=lambda: defaultdict(set))
-    saying: dict[str, list[Template]] = field(default_factory=lambda: defaultdict(list))
-
-    def __post_init__(self) -> None:
-        for template in self.templates:
-            self.names.add(template.path)
-            self.segments.update(template.path)
-            words = [word for segment in template.path for word in self.lexicon.content(segment)]
-            self.words.update(words)
-            for word in dict.fromkeys(words):
-                self.saying[word].append(template)
-            for depth, segment in enumerate(template.path):
-                self.children[template.path[:depth]].add(segment)
-                stem, number = numbered(segment)
-                if number is not None:
-                    self.families[template.path[:depth], stem].add(number)
-            self.paths.update(template.path[:i] for i in range(len(template.path) + 1))
-            self.tails[template] = list(_tails(template.path, self.lexicon))
-        self.parents.update(path[-1] for path in self.paths if path)
-        self.readings = {self._reading(path) for path in self.paths}
-
-    def _reading(self, path: Path) -> tuple[Bag, ...]:
-        return tuple(self.lexicon.content(segment) for segment in path)
-
-    def reads(self, path: Path) -> bool:
-        """Whether there is a node of a path's words: `enc` where `encoder` is."""
-        return self._reading(path) in self.readings
-
-    def says(self, place: Path, word: str, item: Item) -> bool:
-        """Whether another tensor below a place says a word, in the same items of lists as one does."""
-        lists = len(index_positions(place))
-        there = {indices[:lists] for t in item.tensors.values() for indices in t.names}
-        return any(
-            t.path[: len(place)] == place and any(indices[:lists] in there for indices in t.names)
-            for t in self.saying.get(word, ())
-        )
-
-
-def _tails(path: Path, lexicon: Lexicon) -> Iterator[Bag]:
-    """The words of each tail of a path, the longest first, in no order: `a.b_c` and `b.a.c` are alike."""
-    for start in range(len(path)):
-        yield bag(path[start:], lexicon)
-
-
-def bag(path: Path, lexicon: Lexicon) -> Bag:
-    words: list[str] = []
-    for segment in path:
-        for word in lexicon.content(segment):
-            if word == INDEX or not words or word != words[-1]:
-                words.append(word)
-    return tuple(sorted(words))
 
 
 def candidates(keys: Side, entries: Side) -> dict[Template, list[Candidate]]:
@@ -201,8 +132,8 @@ def _spread_apart(keys: Side, x: _Number, entries: Side, y: _Number) -> bool:
     if a == b or x.stem or y.stem:
         return False
     here, there = (*x.parent, x.segment), (*y.parent, y.segment)
-    return spread(len(a - b), entries.children, there, keys.children, here) or spread(
-        len(b - a), keys.children, here, entries.children, there
+    return spread(map(str, a - b), entries.children, there, keys.children, here) or spread(
+        map(str, b - a), keys.children, here, entries.children, there
     )
 
 
@@ -267,57 +198,14 @@ def pair(keys: Side, entries: Side) -> Pairing:
         for option in options:
             votes[option.place].add((_module(option, keys.lexicon), key.shape))
     agreed = [place for place, tails in votes.items() if _agree(tails, _RIVALS)]
-    contested = _contested(agreed, keys, entries)
-    pairing = Pairing({}, contested)
+    unclear = contested(agreed, keys, entries)
+    pairing = Pairing({}, unclear)
     chosen: dict[Template, Candidate] = {}
     for key, options in found.items():
         best = _best([o for o in options if not pairing.is_contested(o.key.path, o.entry.path)], votes, keys, entries)
         if best is not None:
             chosen[key] = best
-    return Pairing(_mutual(chosen, votes), contested)
-
-
-def _contested(places: Iterable[Place], keys: Side, entries: Side) -> frozenset[Place]:
-    """Nodes of unlike names of which either may be another's: of two towers, what is missing does not tell which it is."""
-    images: tuple[dict[Path, set[Path]], ...] = (defaultdict(set), defaultdict(set))
-    for key, entry in places:
-        images[0][key].add(entry)
-        images[1][entry].add(key)
-    nodes = {_node(place, keys.lexicon) for place in places}
-    unlike = [node for node in nodes if all(replaced(node, keys.lexicon)) and not _named(node, images, keys, entries)]
-    by_end: dict[tuple[int, Path], list[Place]] = defaultdict(list)
-    for node in unlike:
-        by_end[0, node[0]].append(node)
-        by_end[1, node[1]].append(node)
-    said = {node: _said(node, keys.lexicon) for node in unlike}
-    rivals = {
-        node: [o for side in (0, 1) for o in by_end[side, node[side]] if _apart(node[1 - side], o[1 - side])]
-        for node in unlike
-    }
-    beaten = {node for node in unlike if any(said[o] > said[node] for o in rivals[node])}
-    return frozenset(node for node in unlike if node in beaten or any(o not in beaten for o in rivals[node]))
-
-
-def _named(node: Place, images: tuple[Mapping[Path, set[Path]], ...], keys: Side, entries: Side) -> bool:
-    """Whether one of two nodes has a partner of its own name, where what lies above it went."""
-    for path, there, side in ((node[0], images[0], entries), (node[1], images[1], keys)):
-        for depth in range(len(path)):
-            if any((*above, *path[depth:]) in side.paths for above in there.get(path[:depth], ())):
-                return True
-    return False
-
-
-def _apart(a: Path, b: Path) -> bool:
-    """Whether none of two nodes lies below the other."""
-    return any(x != y for x, y in zip(a, b, strict=False))
-
-
-def _node(place: Place, lexicon: Lexicon) -> Place:
-    """Two places without the segments that both end in."""
-    key, entry = place
-    while len(key) > 1 and len(entry) > 1 and lexicon.content(key[-1]) == lexicon.content(entry[-1]):
-        key, entry = key[:-1], entry[:-1]
-    return key, entry
+    return Pairing(_mutual(chosen, votes), unclear)
 
 
 def _module(option: Candidate, lexicon: Lexicon) -> Bag:
@@ -341,16 +229,6 @@ def _best(options: list[Candidate], votes: dict[Place, set[Tail]], keys: Side, e
     return good[0]
 
 
-def _said(place: Place, lexicon: Lexicon) -> int:
-    """How many words two paths share."""
-    a, b = (Counter(_words(path, lexicon)) for path in place)
-    return (a & b).total()
-
-
-def _words(path: Path, lexicon: Lexicon) -> Iterator[str]:
-    return (word for segment in path for word in lexicon.content(segment))
-
-
 def _corresponds(place: Place, tails: set[Tail], keys: Side, entries: Side) -> bool:
     """Whether two places may be one: by their words, or because different tensors below agree and no name speaks against."""
     if place == ((), ()):
@@ -363,26 +241,13 @@ def _agree(tails: set[Tail], least: int) -> bool:
     return len({words for words, _ in tails}) >= least and len({shape for _, shape in tails}) > 1
 
 
-def replaced(place: Place, lexicon: Lexicon) -> tuple[Path, Path]:
-    """What differs between two paths once what both start and end with is taken off."""
-    key, entry = place
-    a, b = ([lexicon.content(segment) for segment in path] for path in place)
-    left = 0
-    while left < min(len(a), len(b)) and a[left] == b[left]:
-        left += 1
-    right = 0
-    while right < min(len(a), len(b)) - left and a[-1 - right] == b[-1 - right]:
-        right += 1
-    return key[left : len(a) - right], entry[left : len(b) - right]
-
-
 def _both_own(place: Place, keys: Side, entries: Side) -> bool:
     """Whether a name is replaced by another although a side has both, side by side, or by one that is never the other."""
     key, entry = place
     a, b = replaced(place, keys.lexicon)
     if not a or not b:
         return False
-    if keys.lexicon.vocabulary and apart(*(_words(path, keys.lexicon) for path in place)):
+    if keys.lexicon.vocabulary and apart(*(words_of(path, keys.lexicon) for path in place)):
         return True
     left = next(i for i in range(len(key) + 1) if key[i : i + len(a)] == a)
     other = next(i for i in range(len(entry) + 1) if entry[i : i + len(b)] == b)

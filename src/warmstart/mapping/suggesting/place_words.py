@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from warmstart.mapping.suggesting.items import Item
-from warmstart.mapping.suggesting.matching import Side
-from warmstart.mapping.suggesting.templates import Path, Place, numbered
+from warmstart.mapping.suggesting.side import Side
+from warmstart.mapping.suggesting.templates import Path, Place, index_positions, numbered
 from warmstart.mapping.suggesting.vocabulary import BESIDE, Phrase
 from warmstart.mapping.suggesting.words import INDEX
 
@@ -87,7 +87,7 @@ class PlaceWords:
         if all(counts) and counts[0] != counts[1]:
             return False
         told = self.told(x), self.told(y)
-        rows = [(turn_of(told[0], p.rows), turn_of(told[1], p.rows)) for p in self.phrases if p.tells]
+        rows = [(turn_of(told[0], p.rows), turn_of(told[1], p.rows)) for p in self.phrases if telling(p, (x, y))]
         return any(a and a == b for a, b in rows)
 
     def vetoed(self, x: Item, y: Item) -> bool:
@@ -111,7 +111,14 @@ class PlaceWords:
         return turn_of(self.told(item), phrase.rows) or turn_of(self._beside.get(item, last), phrase.rows)
 
 
+def telling(phrase: Phrase, items: Iterable[Item]) -> bool:
+    """Whether a phrase is evidence for pairs of items: the ends of a stack are in no block of it."""
+    return phrase.tells and not (phrase.of_stack and any(index_positions(item.path) for item in items))
+
+
 @lru_cache(maxsize=1 << 14)
 def turn_of(words: frozenset[str], rows: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
-    words = frozenset(word if " of 0-" in word else word.partition(" ")[0] for word in words)
+    if all(word[0].isdecimal() and not word.endswith(" of 1-2") for word in words):
+        return ()  # a number that says it all is of a row of two: the first of three may be another map
+    words = frozenset(word.partition(" ")[0] if " of 1-" in word else word for word in words)
     return tuple(sorted({turn for row in rows for turn, text in enumerate(row) if words == frozenset(text.split())}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
-from warmstart.mapping.suggesting.matching import Bag, Side
+from warmstart.mapping.suggesting.side import Bag, Side
 from warmstart.mapping.suggesting.templates import Path, Place, Template
 
 

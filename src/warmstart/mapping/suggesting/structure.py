@@ -10,8 +10,9 @@ from warmstart.mapping.suggesting.items import items_of
 from warmstart.mapping.suggesting.judging import judged
 from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.linking import Link, Linker, Twins
-from warmstart.mapping.suggesting.matching import Candidate, Pairing, Side
+from warmstart.mapping.suggesting.matching import Candidate, Pairing
 from warmstart.mapping.suggesting.siblings import corresponding
+from warmstart.mapping.suggesting.side import Side
 from warmstart.mapping.suggesting.templates import Path, Place, Template
 from warmstart.mapping.suggesting.vocabulary import PHRASES
 

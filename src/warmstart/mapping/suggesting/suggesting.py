@@ -19,10 +19,12 @@ from warmstart.mapping.planning.part import PartPlan
 from warmstart.mapping.planning.part_planning import plan_part
 from warmstart.mapping.pretrained import Pretrained
 from warmstart.mapping.suggesting.inference import Guess, Inference, Match, infer
+from warmstart.mapping.suggesting.layer_rules import layer_renames
 from warmstart.mapping.suggesting.reshaping import Reshaping, doubt_squares, reshapings
 from warmstart.mapping.suggesting.rules import renames
 from warmstart.mapping.suggesting.shifts import shifted
 from warmstart.mapping.suggesting.suggestion import Coverage, Pairs, Proposal, Suggestion, Unexplained
+from warmstart.mapping.suggesting.templates import index_positions
 from warmstart.mapping.suggesting.values import refuted
 from warmstart.mapping.suggesting.words import INDEX
 from warmstart.patterns import Patterns, PatternSet
@@ -169,7 +171,20 @@ def _accepted(
 
 
 def _renames(found: Inference) -> dict[str, str]:
-    return renames({match.key.spelled: match.entry.spelled for match in found.sure})
+    """The rules of layers that numbers of no list tell apart first, which match no other name, and those of all others."""
+    layers = [m for m in found.sure if m in found.layers or _is_numbered(m)]
+    names = {key: entry for match in layers for entry, key in match.names().items()}
+    others = [name for template in found.keys for name in template.names.values() if name not in names]
+    told = set(layers)
+    return layer_renames(names, others) | renames({m.key.spelled: m.entry.spelled for m in found.sure if m not in told})
+
+
+def _is_numbered(match: Match) -> bool:
+    """Whether a single name has other words, and numbers on both sides."""
+    paths = match.key.spelled, match.entry.spelled
+    return paths[0] != paths[1] and all(
+        any(segment.isdecimal() for segment in path) and not index_positions(path) for path in paths
+    )
 
 
 def _ruled(

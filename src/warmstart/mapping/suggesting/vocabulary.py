@@ -75,9 +75,9 @@ SYNONYMS = (
     ),
     Synonym(("register", "storage"), "tokens beside the patches", "DINOv2 and its transformers port; DINOv3"),
     Synonym(
-        ("cross attention", "cross attn", "encoder attention", "encoder attn"),
+        ("cross attention", "cross attn", "crossattention", "encoder attention", "encoder attn", "context attention"),
         "attention to another sequence",
-        "whisper; fairseq; transformers BART",
+        "whisper; fairseq; transformers BART; OpenNMT",
     ),
     Synonym(("embed", "embedding", "emb", "embedder"), "an abbreviation", "all"),
     Synonym(("position", "pos", "positional"), "an abbreviation", "timm; CLIP"),
@@ -121,6 +121,7 @@ FUSED = "qkv", ("query", "key", "value")  # by their first spellings: one matrix
 # Words, by their first spellings, of which one is never another, whatever is missing beside them.
 APART = (
     frozenset({"query", "key", "value", "kv", "qkv", "output"}),  # the maps of one attention
+    frozenset({"attention", "cross attention"}),
     frozenset({"encoder", "decoder"}),
     frozenset({"vision", "text", "audio"}),
     frozenset({"vision", "language", "audio"}),
@@ -140,12 +141,14 @@ class Phrase:
     Attributes:
         rows: Each row names the same places, in order, as one family of codebases does.
         tells: Whether the names are evidence for the pairs; else they only speak against the others.
+        of_stack: Whether it is the ends of a stack that they name, which in a block of it are evidence for nothing.
     """
 
     rows: tuple[tuple[str, ...], ...]
     reason: str
     source: str
     tells: bool = True
+    of_stack: bool = False
 
 
 # A norm that stands at another place where it has only one other beside it: (name, the other, what it is read as in a row).
@@ -194,6 +197,12 @@ PHRASES = (
         (("embed norm", "final norm"), ("input norm", "norm"), ("norm pre", "norm post"), ("pre norm", "post norm")),
         "the two norms of a stack: on its embeddings, and after its last block",
         "Conformer encoders; CLIP (ln_pre, ln_post) against transformers",
+        of_stack=True,
+    ),
+    Phrase(
+        (("1", "2"), ("intermediate", "output"), ("mlp 1", "mlp 2"), ("mlp intermediate", "mlp output")),
+        "the two maps of an MLP, into its width and back",
+        "fairseq, timm; transformers BERT, Wav2Vec2; Megatron; ESPnet",
     ),
     Phrase(
         (("gate", "up", "down"), ("w 1", "w 3", "w 2")),

@@ -54,6 +54,8 @@ class Lexicon:
         words = self.segment(segment)
         if not self.vocabulary:
             return words
+        if "self" in words and len(words) > 1 and "attention" not in words:
+            words = tuple("attention" if word == "self" else word for word in words)  # `norm_self`
         telling = tuple(w for w in words if w not in FILLERS)
         return telling if telling or len(words) == 1 else words
 

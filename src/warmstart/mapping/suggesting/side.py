@@ -1,0 +1,81 @@
+"""One side: its templates, the modules they make, and what the words of their names say."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from warmstart.mapping.suggesting.indices import Children
+from warmstart.mapping.suggesting.items import Item
+from warmstart.mapping.suggesting.templates import Path, Template, index_positions, numbered
+from warmstart.mapping.suggesting.words import INDEX, Lexicon
+
+Bag = tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Side:
+    """The templates of one side and what their words say."""
+
+    templates: Sequence[Template]
+    lexicon: Lexicon
+    paths: set[Path] = field(default_factory=set)
+    names: set[Path] = field(default_factory=set)
+    readings: set[tuple[Bag, ...]] = field(default_factory=set)
+    segments: set[str] = field(default_factory=set)
+    parents: Counter[str] = field(default_factory=Counter)
+    words: Counter[str] = field(default_factory=Counter)
+    tails: dict[Template, list[Bag]] = field(default_factory=dict)
+    families: dict[tuple[Path, str], set[int]] = field(default_factory=lambda: defaultdict(set))
+    children: Children = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
+    saying: dict[str, list[Template]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        for template in self.templates:
+            self.names.add(template.path)
+            self.segments.update(template.path)
+            words = [word for segment in template.path for word in self.lexicon.content(segment)]
+            self.words.update(words)
+            for word in dict.fromkeys(words):
+                self.saying[word].append(template)
+            for depth, segment in enumerate(template.path):
+                self.children[template.path[:depth]][segment].add((template.path[depth + 1 :], template.shape))
+                stem, number = numbered(segment)
+                if number is not None:
+                    self.families[template.path[:depth], stem].add(number)
+            self.paths.update(template.path[:i] for i in range(len(template.path) + 1))
+            self.tails[template] = list(_tails(template.path, self.lexicon))
+        self.parents.update(path[-1] for path in self.paths if path)
+        self.readings = {self._reading(path) for path in self.paths}
+
+    def _reading(self, path: Path) -> tuple[Bag, ...]:
+        return tuple(self.lexicon.content(segment) for segment in path)
+
+    def reads(self, path: Path) -> bool:
+        """Whether there is a node of a path's words: `enc` where `encoder` is."""
+        return self._reading(path) in self.readings
+
+    def says(self, place: Path, word: str, item: Item) -> bool:
+        """Whether another tensor below a place says a word, in the same items of lists as one does."""
+        lists = len(index_positions(place))
+        there = {indices[:lists] for t in item.tensors.values() for indices in t.names}
+        return any(
+            t.path[: len(place)] == place and any(indices[:lists] in there for indices in t.names)
+            for t in self.saying.get(word, ())
+        )
+
+
+def _tails(path: Path, lexicon: Lexicon) -> Iterator[Bag]:
+    """The words of each tail of a path, the longest first, in no order: `a.b_c` and `b.a.c` are alike."""
+    for start in range(len(path)):
+        yield bag(path[start:], lexicon)
+
+
+def bag(path: Path, lexicon: Lexicon) -> Bag:
+    words: list[str] = []
+    for segment in path:
+        for word in lexicon.content(segment):
+            if word == INDEX or not words or word != words[-1]:
+                words.append(word)
+    return tuple(sorted(words))
