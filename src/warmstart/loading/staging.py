@@ -21,7 +21,7 @@ class Stage:
     def __init__(self, device: torch.device) -> None:
         with torch.device("cpu"):
             self._pinned = torch.empty(self.size, dtype=torch.uint8, pin_memory=True)
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.address = self._pinned.data_ptr()
 
     def put(self, to: Tensor) -> None:
