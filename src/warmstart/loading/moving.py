@@ -127,6 +127,7 @@ class Mover:
         self._bytes = 0
         self._futures: list[Future[None]] = []
         self._own: dict[MappedFile, _Own] = {}
+        self._known: set[MappedFile] = set()
         self._descriptors: dict[MappedFile, int] = {}
         self._opened = ExitStack()
         self._stages = local()
@@ -152,7 +153,6 @@ class Mover:
         if not own.claim(start, stop):
             self.add(name, tensor, place)
             return
-        own.file.check()
         raw = torch.frombuffer(own.file.map, dtype=tensor.dtype, count=tensor.numel(), offset=start)
         tensor.data = raw.view(tensor.shape)
         if self._verify == "off":
@@ -174,7 +174,9 @@ class Mover:
         """
         copy = copy and self._copy
         file = place.file
-        file.check()
+        if file not in self._known:
+            file.check()
+            self._known.add(file)
         if copy:
             increment_version(tensor)  # written to past torch: a backward that has it saved must know
         staged = not tensor.is_cpu
@@ -214,9 +216,10 @@ class Mover:
             self._opened.close()
 
     def _run(self, batch: list[_Piece]) -> None:
+        for file in {piece.entry.place.file for piece in batch}:
+            file.check()
         for piece in batch:
             entry = piece.entry
-            entry.place.file.check()
             self.begun = True
             self._move(piece)
             with self._lock:
