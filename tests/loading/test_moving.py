@@ -318,3 +318,15 @@ def test_a_meta_load_imports_no_more_than_another():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert (done.stdout.strip(), done.stderr) == ("False", "")
+
+
+@pytest.mark.parametrize("verify", ["full", "sample", "off"])
+@pytest.mark.parametrize("lazily", [torch.Tensor.conj, torch._neg_view])
+def test_a_lazy_conjugate_or_negative_gets_values_not_bytes(tmp_path, lazily, verify):
+    value = torch.randn(4, 5, dtype=torch.complex64)
+    torch.save({"x": value}, tmp_path / "w.pt")
+    model = nn.Module()
+    model.register_buffer("x", lazily(torch.zeros(4, 5, dtype=torch.complex64)))
+    report = warmstart.load(model, tmp_path / "w.pt", verify=verify)
+    assert torch.equal(model.x, value)
+    report.check(model)
