@@ -7,6 +7,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 import warmstart
 from warmstart.checkpoints.files import MappedFile
 from warmstart.errors import CheckpointError
-from warmstart.loading import moving, writing
+from warmstart.loading import moving, verifying, writing
 from warmstart.loading.moving import Mover
 from warmstart.tensors import same_bits
 
@@ -361,3 +362,19 @@ def test_bytes_that_the_system_cannot_read_are_an_error_that_names_file_and_entr
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(CheckpointError, match=r"m\.safetensors: cannot read 'a': .*Input/output error"):
         warmstart.load(Entries({"a": torch.ones(4)}), path, verify="off")
+
+
+def test_a_check_that_cannot_read_on_leaves_no_threads_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(moving, "_BATCH", 16)
+    torch.save({"a": torch.ones(40), "b": torch.ones(4, 4).t()[:, :3]}, tmp_path / "w.pt")
+    model = Entries({"a": torch.ones(40), "b": torch.ones(4, 3)})
+    report = warmstart.load(model, tmp_path / "w.pt")
+
+    def broken(*_: object) -> torch.Tensor:
+        raise CheckpointError("cannot be read")
+
+    monkeypatch.setattr(verifying.Values, "planned", broken)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        report.check(model)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("warmstart")]
