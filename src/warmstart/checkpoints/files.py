@@ -66,7 +66,9 @@ class MappedFile:
         try:
             file = self.path.open("rb", buffering=0)
         except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be opened again: {error.strerror}; put the file back") from error
+            raise CheckpointError(
+                f"{self.path}: cannot be opened again: {error.strerror}; put the file back"
+            ) from error
         if FileStamp.of(self.path, file) != self.stamp:
             file.close()
             raise CheckpointError(f"{self.path}: was replaced or written to after it was opened; open it again")

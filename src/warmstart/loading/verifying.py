@@ -129,7 +129,9 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
                 other.add(name)
             elif is_stale(tensor):
                 out.append(
-                    Difference(name, "is right, but the optimizer's fp32 copy of it is not, and its next step writes that")
+                    Difference(
+                        name, "is right, but the optimizer's fp32 copy of it is not, and its next step writes that"
+                    )
                 )
     other |= mover.different
     return out + [Difference(a.target, "has other values") for a in plan.assignments if a.target in other]
