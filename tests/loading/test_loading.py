@@ -464,3 +464,15 @@ def test_min_coverage_takes_any_number():
     assert warmstart.load(Net(), other(Net()), min_coverage=np.float32(0.5)).coverage == 1
     with pytest.raises(TypeError, match="min_coverage"):
         warmstart.load(Net(), other(Net()), min_coverage="half")
+
+
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda module: torch.jit.trace(module, torch.zeros(2, 3))])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_torchscript_module_loads_like_any_other(tmp_path, compiled):
+    state = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    model = compiled(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval())
+    report = warmstart.load(model, tmp_path / "w.pt", freeze=["0"])
+    report.check(model)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False, False, True, True]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import nn
 import warmstart
 from warmstart.checkpoints.files import MappedFile
 from warmstart.errors import CheckpointError
-from warmstart.loading import moving
+from warmstart.loading import moving, verifying, writing
 from warmstart.loading.moving import Mover
 from warmstart.tensors import same_bits
 
@@ -318,3 +320,61 @@ def test_a_meta_load_imports_no_more_than_another():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert (done.stdout.strip(), done.stderr) == ("False", "")
+
+
+@pytest.mark.parametrize("verify", ["full", "sample", "off"])
+@pytest.mark.parametrize("lazily", [torch.Tensor.conj, torch._neg_view])
+def test_a_lazy_conjugate_or_negative_gets_values_not_bytes(tmp_path, lazily, verify):
+    value = torch.randn(4, 5, dtype=torch.complex64)
+    torch.save({"x": value}, tmp_path / "w.pt")
+    model = nn.Module()
+    model.register_buffer("x", lazily(torch.zeros(4, 5, dtype=torch.complex64)))
+    report = warmstart.load(model, tmp_path / "w.pt", verify=verify)
+    assert torch.equal(model.x, value)
+    report.check(model)
+
+
+@pytest.mark.parametrize("verify", ["sample", "off"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_file_that_is_gone_by_the_time_of_the_first_write_is_an_error_of_ours(tmp_path, monkeypatch, device, verify):
+    path = tmp_path / "m.safetensors"
+    save_file({"weight": torch.ones(4, 4), "bias": torch.ones(4)}, path)
+    checked = writing.preflight
+
+    def then_gone(plan, values):
+        checked(plan, values)
+        path.unlink()
+
+    monkeypatch.setattr(writing, "preflight", then_gone)
+    model = nn.Linear(4, 4, device=device)
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: cannot be opened again: No such file") as caught:
+        warmstart.load(model, path, verify=verify)
+    assert caught.value.written == ()
+
+
+def test_bytes_that_the_system_cannot_read_are_an_error_that_names_file_and_entry(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.ones(4)}, path)
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: cannot read 'a': .*Input/output error"):
+        warmstart.load(Entries({"a": torch.ones(4)}), path, verify="off")
+
+
+def test_a_check_that_cannot_read_on_leaves_no_threads_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(moving, "_BATCH", 16)
+    torch.save({"a": torch.ones(40), "b": torch.ones(4, 4).t()[:, :3]}, tmp_path / "w.pt")
+    model = Entries({"a": torch.ones(40), "b": torch.ones(4, 3)})
+    report = warmstart.load(model, tmp_path / "w.pt")
+
+    def broken(*_: object) -> torch.Tensor:
+        raise CheckpointError("cannot be read")
+
+    monkeypatch.setattr(verifying.Values, "planned", broken)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        report.check(model)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("warmstart")]

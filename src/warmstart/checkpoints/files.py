@@ -36,9 +36,9 @@ class FileStamp:
 class MappedFile:
     """A file mapped into memory. The mapping is private: nothing that is written to it reaches the file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opened: BinaryIO | None = None) -> None:
         self.path = path
-        with path.open("rb") as file:
+        with opened or path.open("rb") as file:
             self.stamp = FileStamp.of(path, file)
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.size = len(self.map)
@@ -61,27 +61,26 @@ class MappedFile:
         """The same file, opened to be read without the mapping.
 
         Raises:
-            CheckpointError: Another file has taken its place.
+            CheckpointError: Another file has taken its place, or it cannot be opened any more.
         """
-        file = self.path.open("rb", buffering=0)
+        try:
+            file = self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be opened again: {error.strerror}; put the file back"
+            ) from error
         if FileStamp.of(self.path, file) != self.stamp:
             file.close()
-            raise self._replaced()
+            raise CheckpointError(f"{self.path}: was replaced or written to after it was opened; open it again")
         return file
 
     def again(self) -> MappedFile:
         """The same file mapped once more: what is written to one mapping is not seen in the other.
 
         Raises:
-            CheckpointError: Another file has taken its place.
+            CheckpointError: Another file has taken its place, or it cannot be opened any more.
         """
-        other = MappedFile(self.path)
-        if other.stamp != self.stamp:
-            raise self._replaced()
-        return other
-
-    def _replaced(self) -> CheckpointError:
-        return CheckpointError(f"{self.path}: was replaced or written to after it was opened; open it again")
+        return MappedFile(self.path, self.opened())
 
     @contextmanager
     def scattered(self) -> Iterator[None]:

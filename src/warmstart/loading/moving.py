@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from warmstart.checkpoints.files import MappedFile, Place
+from warmstart.errors import CheckpointError
 from warmstart.loading.staging import Stage
 from warmstart.mapping.plan.plan import Verify
 
@@ -242,7 +243,10 @@ class Mover:
 
     def _read(self, entry: _Entry, start: int, count: int, to: int) -> None:
         if (descriptor := self._descriptors.get(entry.place.file)) is not None:
-            _fill(_memory(to, count), descriptor, entry.place.start + start)
+            try:
+                _fill(_memory(to, count), descriptor, entry.place.start + start)
+            except (OSError, EOFError) as error:
+                raise CheckpointError(f"{entry.place.file.path}: cannot read '{entry.name}': {error}") from error
         else:
             memmove(to, _source(entry) + start, count)
 

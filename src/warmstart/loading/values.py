@@ -117,6 +117,7 @@ def _is_plain(tensor: Tensor) -> bool:
         and (tensor.is_cpu or tensor.is_cuda)
         and tensor.layout == torch.strided
         and tensor.is_contiguous()
+        and not (tensor.is_conj() or tensor.is_neg())  # whose memory holds other bits than its values
     )
 
 

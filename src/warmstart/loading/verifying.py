@@ -103,35 +103,36 @@ def differences(plan: Plan, model: nn.Module, digests: Digests, verify: Verify, 
     keys = {a.target: a for a in plan.assignments}
     compared: set[int] = set()
     other: set[str] = set()
-    for assignment in together(plan.assignments):
-        name = assignment.target
-        target = plan.targets.entries[name]
-        tensor = live.tensor(target)
-        if tensor is None or name in gone or id(tensor) in compared or (not buffers and target.kind == "buffer"):
-            continue
-        compared.add(id(tensor))
-        source = keys[assignment.alias_of] if assignment.alias_of is not None else assignment
-        if source.target in digests or target.canonical in digests:
-            same = digests.equal(source.target if source.target in digests else target.canonical, local_of(tensor))
-        else:
-            shard = shard_of(tensor)
-            place = None if is_stale(tensor) else values.place(source, shard)
-            if place is not None:
-                mover.add(name, shard.local, place)
-                continue
-            expected = values.planned(source, shard)
-            if bits_lost(expected.dtype, tensor.dtype) and not plan.parts[source.part].pretrained.allow_narrowing:
-                out.append(Difference(name, f"was cast to {tensor.dtype}, which allow_narrowing=False forbids"))
-                continue
-            same = _same(shard.local, expected, verify)
-        if not same:
-            other.add(name)
-        elif is_stale(tensor):
-            out.append(
-                Difference(name, "is right, but the optimizer's fp32 copy of it is not, and its next step writes that")
-            )
     with mover:
-        pass
+        for assignment in together(plan.assignments):
+            name = assignment.target
+            target = plan.targets.entries[name]
+            tensor = live.tensor(target)
+            if tensor is None or name in gone or id(tensor) in compared or (not buffers and target.kind == "buffer"):
+                continue
+            compared.add(id(tensor))
+            source = keys[assignment.alias_of] if assignment.alias_of is not None else assignment
+            if source.target in digests or target.canonical in digests:
+                same = digests.equal(source.target if source.target in digests else target.canonical, local_of(tensor))
+            else:
+                shard = shard_of(tensor)
+                place = None if is_stale(tensor) else values.place(source, shard)
+                if place is not None:
+                    mover.add(name, shard.local, place)
+                    continue
+                expected = values.planned(source, shard)
+                if bits_lost(expected.dtype, tensor.dtype) and not plan.parts[source.part].pretrained.allow_narrowing:
+                    out.append(Difference(name, f"was cast to {tensor.dtype}, which allow_narrowing=False forbids"))
+                    continue
+                same = _same(shard.local, expected, verify)
+            if not same:
+                other.add(name)
+            elif is_stale(tensor):
+                out.append(
+                    Difference(
+                        name, "is right, but the optimizer's fp32 copy of it is not, and its next step writes that"
+                    )
+                )
     other |= mover.different
     return out + [Difference(a.target, "has other values") for a in plan.assignments if a.target in other]
 

@@ -165,8 +165,8 @@ class Live:
     def tensor(self, target: Target) -> Tensor | None:
         if self.has(target.owner):
             members = target.owner._parameters if target.kind == "parameter" else target.owner._buffers
-            tensor = members.get(target.leaf)
-            if tensor is not None:
+            # A TorchScript module's members have no `get`.
+            if target.leaf in members and (tensor := members[target.leaf]) is not None:
                 return self._behind.get(id(tensor), tensor)
         return target.tensor if id(target.tensor) in self.tensors else None
 
