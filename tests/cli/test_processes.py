@@ -39,7 +39,10 @@ def in_the_middle(folder: Path, out: str, *options: str) -> subprocess.Popen[str
     (folder / "reached").unlink(missing_ok=True)
     rule = "[{sources: encoder.layer.2.v.weight, targets: z, ops: [{apply: {fn: 'slow:slow'}}]}]"
     words = ("convert", "source.safetensors", out, "--convert", rule, *options)
+    # A shell lets what it starts in the background ignore SIGINT, which its children inherit.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([*WARMSTART, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, heard)
     deadline = time.monotonic() + 90
     while not (folder / "reached").exists():
         assert process.poll() is None, process.communicate()
