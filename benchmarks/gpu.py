@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from threading import local
@@ -28,7 +27,7 @@ from models import Transformer, on_meta, write_safetensors
 from torch import Tensor, nn
 
 import warmstart
-from loading import places
+from loading import fast_safetensors_into, places
 
 
 def on_gpu(blocks: int) -> nn.Module:
@@ -56,16 +55,6 @@ def pinned(model: nn.Module, path: Path, threads: int = 8, size: int = 8 << 20) 
         list(pool.map(move, jobs))
 
 
-def fast_safetensors(model: nn.Module, path: Path) -> None:
-    library = import_module("fastsafetensors")
-    loader = library.SafeTensorsFileLoader(library.SingleGroup(), torch.device("cuda:0"), nogds=True)
-    loader.add_filenames({0: [str(path)]})
-    buffer = loader.copy_files_to_device()
-    model.load_state_dict({name: buffer.get_tensor(name) for name in buffer.key_to_rank_lidx})
-    buffer.close()
-    loader.close()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=24)
@@ -83,7 +72,7 @@ def main() -> None:
             ),
             "load_file, load_state_dict": lambda: model.load_state_dict(safetensors.torch.load_file(path)),
             "accelerate.load_checkpoint_in_model": lambda: accelerate.load_checkpoint_in_model(model, str(path)),
-            "fastsafetensors, load_state_dict": lambda: fast_safetensors(model, path),
+            "fastsafetensors, load_state_dict": lambda: fast_safetensors_into(model, path, "cuda:0"),
             "bare read through pinned memory": lambda: pinned(model, path),
             "warmstart, off": lambda: warmstart.load(model, path, verify="off"),
             "warmstart, sample": lambda: warmstart.load(model, path, verify="sample"),

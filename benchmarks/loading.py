@@ -131,18 +131,19 @@ def accelerate_load(build: Build, path: Path) -> Callable[[], object]:
 
 
 def fast_safetensors(build: Build, path: Path) -> Callable[[], object]:
-    library = import_module("fastsafetensors")
+    import_module("fastsafetensors")
     model = initialised(build)
+    return lambda: fast_safetensors_into(model, path, "cpu")
 
-    def run() -> None:
-        loader = library.SafeTensorsFileLoader(library.SingleGroup(), torch.device("cpu"), nogds=True)
-        loader.add_filenames({0: [str(path)]})
-        buffer = loader.copy_files_to_device()
-        model.load_state_dict({name: buffer.get_tensor(name) for name in buffer.key_to_rank_lidx})
-        buffer.close()
-        loader.close()
 
-    return run
+def fast_safetensors_into(model: nn.Module, path: Path, device: str) -> None:
+    library = import_module("fastsafetensors")
+    loader = library.SafeTensorsFileLoader(library.SingleGroup(), torch.device(device), nogds=True)
+    loader.add_filenames({0: [str(path)]})
+    buffer = loader.copy_files_to_device()
+    model.load_state_dict({name: buffer.get_tensor(name) for name in buffer.key_to_rank_lidx})
+    buffer.close()
+    loader.close()
 
 
 def runai_streamer(build: Build, path: Path) -> Callable[[], object]:

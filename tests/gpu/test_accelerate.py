@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from accelerate import Accelerator, dispatch_model
@@ -18,14 +16,12 @@ from warmstart_accelerate import warm_start
 
 from .conftest import Classifier
 
-pytestmark = pytest.mark.usefixtures("ended_groups")
+pytestmark = [pytest.mark.usefixtures("ended_groups"), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

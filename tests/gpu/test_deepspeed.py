@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -52,7 +50,6 @@ def whole(module: Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.bfloat16), ("16-mixed", torch.float16)])
 @pytest.mark.filterwarnings("ignore")
 def test_training_starts_from_the_file(tmp_path, encoder_file, encoder_state, stage, precision, dtype):
-    warnings.simplefilter("ignore")
     look = Look()
     callback = WarmStart(encoder_file, into="net.encoder", freeze="net.encoder.words", log=False)
     x = torch.randint(0, 11, (32, 3), generator=torch.Generator().manual_seed(1))

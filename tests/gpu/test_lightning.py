@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,14 +17,7 @@ from warmstart_lightning import WarmStart
 
 from .conftest import Classifier
 
-pytestmark = pytest.mark.usefixtures("ended_groups")
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = [pytest.mark.usefixtures("ended_groups"), pytest.mark.filterwarnings("ignore")]
 
 
 class Module(LightningModule):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,7 @@ from warmstart_transformers import WarmStartCallback
 sys.path.insert(0, str(Path(__file__).parent.parent / "warmstart_transformers"))
 from tiny import bert, texts
 
-pytestmark = pytest.mark.usefixtures("ended_groups")
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = [pytest.mark.usefixtures("ended_groups"), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture
