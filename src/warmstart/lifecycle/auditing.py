@@ -82,14 +82,14 @@ def audit(
             )
     held = {i for optimizer in optimizers for i in _held(optimizer)} - released
     named = [(name, p.requires_grad, id(p) in held) for name, p in model.named_parameters() if id(p) not in released]
-    left, idle = (
-        [n for n, trains, has in named if trains and not has],
-        [n for n, trains, has in named if has and not trains],
-    )
-    notes = [f"{_some(left)}: trainable, but in no group of an optimizer"] if left else []
-    return notes + (
-        [f"{_some(idle)}: frozen, and in a group of an optimizer, which leaves them as they are"] if idle else []
-    )
+    left = [name for name, trains, has in named if trains and not has]
+    idle = [name for name, trains, has in named if has and not trains]
+    notes = []
+    if left:
+        notes.append(f"{_some(left)}: trainable, but in no group of an optimizer")
+    if idle:
+        notes.append(f"{_some(idle)}: frozen, and in a group of an optimizer, which leaves them as they are")
+    return notes
 
 
 def _some(names: Sequence[str]) -> str:
