@@ -14,8 +14,6 @@ import torch
 
 from warmstart.checkpoints import jsons
 from warmstart.checkpoints.base import Checkpoint
-from warmstart.checkpoints.files import MappedFile
-from warmstart.errors import CheckpointError
 from warmstart.locations import public
 
 if TYPE_CHECKING:
@@ -71,15 +69,14 @@ def recorded(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     text = checkpoint.metadata.get(METADATA_KEY)
     if text is not None:
         return _from_text(text.encode("utf-8", "replace"), METADATA_KEY)
+    if found := _of_value((checkpoint.at_hand or checkpoint).callbacks):
+        return found
     if not checkpoint.files:
         return []
-    path = checkpoint.files[0].path
+    folder = checkpoint.files[0].path.parent
     try:
-        if checkpoint.format == "torch zip" and (found := _from_torch(path)):
-            return found
-        folder = path.parent
         return _from_folder(folder) if any((folder / mark).is_file() for mark in _FOLDER_MARKS) else []
-    except (OSError, CheckpointError) as error:
+    except OSError as error:
         return [{"unreadable": str(error)[:300]}]
 
 
@@ -122,25 +119,6 @@ def _source(pretrained: Pretrained, checkpoint: Checkpoint, prefix: tuple[str, s
         "rules": _plain(pretrained.rules()),
         "prefix": list(prefix) if prefix else None,
     }
-
-
-def _from_torch(path: Path) -> list[dict[str, Any]]:
-    """From the callbacks' states in a file of `torch.save`; it is unpickled only if it says the word."""
-    file = MappedFile(path)
-    if file.map[:4] != b"PK\x03\x04":
-        return []
-    from warmstart.checkpoints.archive import STORED, read_directory
-    from warmstart.checkpoints.torch_files.torch_file import find_pickle, unpickle
-
-    members = read_directory(file)
-    folder = find_pickle(members)
-    if folder is None:
-        return []
-    pickled = members[f"{folder}data.pkl"]
-    if pickled.method != STORED or file.map.find(b"lineage", pickled.start, pickled.start + pickled.size) < 0:
-        return []
-    content, _, _ = unpickle(file, members, folder)
-    return _of_value(content.get("callbacks")) if isinstance(content, dict) else []
 
 
 def _from_folder(folder: Path) -> list[dict[str, Any]]:

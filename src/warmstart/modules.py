@@ -7,13 +7,14 @@ from torch import nn
 
 def every_module(model: nn.Module) -> dict[nn.Module, str]:
     """Each module once, with its first path, in the order of `named_modules()`: which has a generator for each level."""
-    found: dict[nn.Module, str] = {}
-    left = [(model, "")]
-    while left:
-        module, path = left.pop()
-        if module not in found:
-            found[module] = path
-            prefix = f"{path}." if path else ""
-            children = [(child, prefix + leaf) for leaf, child in module._modules.items() if child is not None]
-            left += reversed(children)
+    found = {model: ""}
+    _add_below(model, "", found)
     return found
+
+
+def _add_below(module: nn.Module, prefix: str, found: dict[nn.Module, str]) -> None:
+    for leaf, child in module._modules.items():
+        if child is not None and child not in found:
+            found[child] = path = prefix + leaf
+            if child._modules:
+                _add_below(child, f"{path}.", found)

@@ -90,6 +90,8 @@ class PatternSet:
                 end = name.rfind(".", 0, end)
             if self._globs:
                 found.update(i for i in self._globs if self.patterns[i].matches(name))
+        if not found:  # as most names
+            return []
         for i in found:
             self._hit[i] = True
         return sorted(found)

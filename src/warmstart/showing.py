@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 def printable(text: str, limit: int = 300) -> str:
     """Text that is safe on a terminal: control characters escaped, the middle of a huge name left out."""
+    if len(text) <= limit and text.isprintable():
+        return text
     safe = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii") for c in text[: 4 * limit]
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from warmstart.checkpoints.files import MappedFile
 from warmstart.errors import CheckpointError
@@ -24,10 +23,10 @@ _END64_LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
+_NAME_AND_EXTRA = struct.Struct("<HH")  # its last two fields
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One member: its bytes are `start` to `start + stored` of the file, and `size` once unpacked."""
 
     name: str
@@ -177,11 +176,12 @@ def _wide(file: MappedFile, extra: bytes, full: int, stored: int, offset: int) -
 
 
 def _data_start(file: MappedFile, name: str, raw_name: bytes, offset: int, limit: int) -> int:
-    if offset + _LOCAL.size > limit or file.map[offset : offset + 4] != b"PK\x03\x04":
-        raise _damaged(file, f"member {shown(name)} has no header at byte {offset:,}")
-    n_name, n_extra = struct.unpack("<HH", file.map[offset + 26 : offset + 30])
     start = offset + _LOCAL.size
-    if file.map[start : start + n_name] != raw_name:
+    header = file.map[offset : start + len(raw_name)]
+    if start > limit or header[:4] != b"PK\x03\x04":
+        raise _damaged(file, f"member {shown(name)} has no header at byte {offset:,}")
+    n_name, n_extra = _NAME_AND_EXTRA.unpack_from(header, 26)
+    if n_name != len(raw_name) or header[_LOCAL.size :] != raw_name:
         raise _damaged(file, f"member {shown(name)} has another name at byte {start:,}")
     return int(start + n_name + n_extra)
 

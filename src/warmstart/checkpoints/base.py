@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import EllipsisType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from warmstart.errors import CheckpointError
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """What a checkpoint says of one tensor before it is read.
 
     Attributes:
@@ -87,6 +86,8 @@ class Checkpoint(ABC):
         # Of a model from the hub: the commit, and the hub's own hash of each file by its name in the repository.
         self.revision: str | None = None
         self.file_hashes: dict[str, str] = {}
+        # What a trainer's callbacks saved beside the weights, unbuilt: a lineage may stand in it.
+        self.callbacks: object = None
         self._infos = dict(infos)
         self.bytes_read = 0
 

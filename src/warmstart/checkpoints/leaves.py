@@ -162,10 +162,10 @@ def extent(shape: Sequence[int], stride: Sequence[int]) -> int:
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
     stride, step = [], 1
-    for size in reversed(shape):
+    for size in shape[::-1]:
         stride.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(stride))
+        step *= size if size > 1 else 1
+    return tuple(stride[::-1])
 
 
 def column_major(shape: Sequence[int]) -> tuple[int, ...]:

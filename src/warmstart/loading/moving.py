@@ -126,16 +126,17 @@ class Mover:
         self._lock = Lock()
         self._batch: list[_Piece] = []
         self._bytes = 0
-        self._futures: list[Future[None]] = []
+        self._given: list[tuple[Future[None], list[_Piece]]] = []
         self._own: dict[MappedFile, _Own] = {}
         self._known: set[MappedFile] = set()
         self._descriptors: dict[MappedFile, int] = {}
         self._opened = ExitStack()
         self._stages = local()
         self._ready: set[torch.device] = set()
-        # As many as torch computes with here: where processes share a machine, they were told to share its cores.
-        threads = min(torch.get_num_threads(), 8)
-        self._pool = ThreadPoolExecutor(threads, "warmstart") if threads > 1 else None
+        # As many as torch computes with here: where processes share a machine, they were told to share its cores. This one is
+        # one of them, once it knows all that there is to do.
+        others = min(torch.get_num_threads(), 8) - 1
+        self._pool = ThreadPoolExecutor(others, "warmstart") if others else None
 
     def assign(self, name: str, tensor: Tensor, place: Place) -> None:
         """Let `tensor`, whose memory holds nothing yet, have the bytes of `place` in a second mapping of its file.
@@ -198,7 +199,7 @@ class Mover:
                 if self._pool is None:
                     self._run(batch)
                 else:
-                    self._futures.append(self._pool.submit(self._run, batch))
+                    self._given.append((self._pool.submit(self._run, batch), batch))
 
     def __enter__(self) -> Self:
         return self
@@ -208,9 +209,13 @@ class Mover:
     ) -> None:
         try:
             if kind is None:
-                self._run(self._batch)  # here: this thread would only wait
-                for future in self._futures:
-                    future.result()
+                self._run(self._batch)
+                for future, batch in self._given:
+                    if future.cancel():  # no other thread has begun it
+                        self._run(batch)
+                for future, _ in self._given:
+                    if not future.cancelled():
+                        future.result()
         finally:
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)

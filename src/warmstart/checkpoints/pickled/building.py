@@ -70,7 +70,7 @@ def build_checkpoint(
             f"{location}: holds no numeric tensors, only {listed(left_out)}; save tensors or numeric arrays"
         )
     left = [f"strings or dates were left out: {listed(left_out)}"] if left_out else []
-    return LeafCheckpoint(
+    made = LeafCheckpoint(
         leaves,
         location=location,
         format=format,
@@ -79,6 +79,8 @@ def build_checkpoint(
         versions=tree.versions,
         notes=[*notes, *tree.notes, *left],
     )
+    made.callbacks = content.get("callbacks") if isinstance(content, dict) else None
+    return made
 
 
 def held_place(storage: StorageRef) -> Place:

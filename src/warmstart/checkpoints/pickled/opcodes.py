@@ -23,7 +23,7 @@ PER_RECORD = 2 << 10
 MAX_TUPLES = 1_000_000
 MAX_WIDE_INTEGERS = 1_000
 MAX_STEPS = 2_000_000
-SHORT = 128
+SHORT = 64  # bytes of a string that the expression steps over; each length makes it longer to compile
 
 _STOP, _FRAME, _LONG_BINPUT, _PUT, _LONG1 = 0x2E, 0x95, ord("r"), ord("p"), 0x8A
 _EXTENSIONS = {0x82, 0x83, 0x84}
@@ -194,7 +194,7 @@ def _tails(memo_bits: int) -> list[tuple[bytes, bytes]]:
     byte, rest = divmod(memo_bits, 8)
     high = b"[\\x00-\\x%02x]" % ((1 << rest) - 1)
     tails.append((b"r", b"." * byte + high + b"\\x00" * (3 - byte)))
-    for width in (1, 4, 8):
+    for width in (1, 4):
         codes = bytes(code for code, (w, _) in _COUNTED.items() if w == width and code not in {_LONG1, 0x8B})
         pad = b"\\x00" * (width - 1)
         tails.append((_class(codes), b"(?:" + b"|".join(b"\\x%02x%s.{%d}" % (n, pad, n) for n in range(SHORT)) + b")"))

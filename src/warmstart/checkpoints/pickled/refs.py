@@ -252,7 +252,7 @@ def integers(value: object) -> tuple[int, ...]:
     """
     if not isinstance(value, (tuple, list)) or len(value) > 64:
         raise CheckpointError("a shape that is not a short tuple of integers")
-    if not all(type(n) is int and -(1 << 62) < n < 1 << 62 for n in value):
+    if value and not ({*map(type, value)} == {int} and min(value) > -(1 << 62) and max(value) < 1 << 62):
         raise CheckpointError("a shape with entries that are not integers of at most 62 bits")
     return tuple(value)
 

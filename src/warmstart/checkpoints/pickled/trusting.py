@@ -35,7 +35,7 @@ def load_trusted(file: MappedFile, format: str, checkpoint_key: str | None) -> L
         ) from error
     if not isinstance(content, (dict, nn.Module)):
         content = {file.path.stem: content}
-    return open_memory(
+    held = open_memory(
         content,
         checkpoint_key=checkpoint_key,
         location=str(file.path),
@@ -43,6 +43,8 @@ def load_trusted(file: MappedFile, format: str, checkpoint_key: str | None) -> L
         files=[file.stamp],
         notes=[NOTE],
     )
+    held.callbacks = content.get("callbacks") if isinstance(content, dict) else None
+    return held
 
 
 def _load(file: MappedFile, format: str) -> object:

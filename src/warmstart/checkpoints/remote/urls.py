@@ -68,6 +68,7 @@ class CopiedCheckpoint(Checkpoint):
             versions=copy.versions,
             notes=copy.notes,
         )
+        self.callbacks = copy.callbacks
         self._spool = spool
         self._copy = copy
 

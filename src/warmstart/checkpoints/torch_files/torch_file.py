@@ -100,7 +100,8 @@ def storage_maker(made: list[StorageRef]) -> Callable[[object], object]:
             raise CheckpointError(f"a {kind.name} of quantized elements; dequantize() the tensors and save them again")
         if not 0 <= numel < 1 << 62:
             raise CheckpointError(f"a storage that claims {numel:,} elements")
-        name = str(key) if abs(len(str(key))) < 100 else ""
+        name = key if type(key) is str else str(key)
+        name = name if len(name) < 100 else ""
         ref = known.get((name, kind.name))
         if ref is None or ref.numel != numel:
             ref = known[name, kind.name] = StorageRef(kind.dtype, name, numel)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from warmstart.errors import MappingError, TimingError
-from warmstart.mapping.model.names import WRAPPER_SEGMENTS, join, without_wrappers, wrapped_child
+from warmstart.mapping.model.names import WRAPPER_SEGMENTS, without_wrappers, wrapped_child
 from warmstart.mapping.model.peft import PEFT_SEGMENTS, AdapterEntry, base_child, cleaner, member_of_adapter, prefix_of
 from warmstart.modules import every_module
 from warmstart.shards import full_shape, is_sharded, sharded_behind
@@ -196,13 +196,14 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
             ("buffer", module._buffers),
         )
         outside = at is None and base is None
+        prefix, clean_prefix = (f"{each}." if each else "" for each in (path, clean))
         for kind, members in both:
             for leaf, tensor in members.items():
                 if tensor is None:
                     continue
                 tensor = behind.get(id(tensor), tensor)
-                name = join(path, leaf)
-                clean_name = name if path == clean else join(clean, leaf)
+                name = prefix + leaf
+                clean_name = name if path == clean else clean_prefix + leaf
                 if wrapper is not None:
                     targets.wrapper_own[name] = clean_name
                 elif kind == "buffer" and leaf in module._non_persistent_buffers_set:
@@ -214,13 +215,14 @@ def _walk(model: nn.Module, targets: Targets) -> Iterator[Target]:
                     numel = 0 if lazy else math.prod(shape)
                     yield Target(name, clean_name, kind, tensor, module, leaf, adapter, shape, lazy, numel)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            targets.extra_state.add(join(clean, "_extra_state"))
+            targets.extra_state.add(clean_prefix + "_extra_state")
         children = [(n, m) for n, m in module._modules.items() if m is not None]
+        above = (*above, id(module))
         for leaf, child in reversed(children):
-            child_path = join(path, leaf)
-            child_clean = clean if leaf in (wrapper, base) else child_path if path == clean else join(clean, leaf)
+            child_path = prefix + leaf
+            child_clean = clean if leaf in (wrapper, base) else child_path if path == clean else clean_prefix + leaf
             inside = at if outside or leaf == wrapper else member_of_adapter(module, base, clean, at, leaf)
-            stack.append((child, child_path, child_clean, inside, (*above, id(module))))
+            stack.append((child, child_path, child_clean, inside, above))
 
 
 class _Ties:
