@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
+from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.grouping import listed, printable
 from warmstart.mapping.load_hooks.trials import stand_in
 from warmstart.mapping.model.names import join, strip
@@ -38,7 +39,39 @@ class _Owner:
     initialise: Callable[[nn.Module], object] | None
 
 
-def materialise(plan: Plan) -> list[str]:
+class Unborn:
+    """What of a plan has no memory yet: found once, before anything is given some.
+
+    Attributes:
+        tensors: What is on meta in scope, and what is tied to it, by identity.
+        transient: Names of the non-persistent buffers that are on meta.
+        owners: The modules in scope that have tensors on meta without a value, in the model's order.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.tensors = _on_meta(plan)
+        self.transient = _transient(plan)
+        self.owners = list(_owners(plan, self.tensors, self.transient))
+
+    def __bool__(self) -> bool:
+        """Whether `materialise` has anything to do."""
+        return bool(self.tensors or self.transient) or any(each.reshapes for each in self._plan.assignments)
+
+    def mappable(self) -> Iterator[Assignment]:
+        """Those whose entry may have a file's own pages for its memory: it goes to the CPU, and nothing else writes to it."""
+        if not self.tensors or torch.get_default_device().type not in {"cpu", "meta"}:
+            return
+        initialised = {id(t) for each in self.owners for m in each.module.modules() for t in _held(m).values()}
+        targets = self._plan.targets
+        for assignment in self._plan.written:
+            target = targets.entries[assignment.target]
+            alone = target.canonical not in targets.groups and not is_sharded(target.tensor)
+            if alone and id(target.tensor) in self.tensors and id(target.tensor) not in initialised:
+                yield assignment
+
+
+def materialise(plan: Plan, unborn: Unborn, memory: Mapping[int, Tensor]) -> list[str]:
     """Give what is in scope and on meta, or lazy, memory, and let owners initialise what the plan gives no value.
 
     A tensor on meta is swapped for a real one inside its own object, so that ties, names and whoever holds it keep it.
@@ -46,10 +79,15 @@ def materialise(plan: Plan) -> list[str]:
 
     Ranks that share the model draw alike. They exchange that before anything can fail on one of them.
 
+    Args:
+        plan: The plan.
+        unborn: What of it has no memory.
+        memory: For some of these, by identity, what they get: of their shape and dtype.
+
     Returns:
         Notes on what was initialised.
     """
-    owners = list(_owners(plan))
+    owners = unborn.owners
     drawn = (t for owner in owners for module in owner.module.modules() for t in _held(module).values())
     with torch.no_grad(), same_draws(drawn):
         for assignment in plan.assignments:
@@ -63,8 +101,9 @@ def materialise(plan: Plan) -> list[str]:
         on_cpu = offloaded(plan.model)
         home, cpu = torch.get_default_device(), torch.device("cpu")
         with _weak_references(plan.model):
-            for tensor in on_meta(plan).values():
-                _swap(tensor, _real(tensor, cpu if id(tensor) in on_cpu else mesh_device(tensor) or home))
+            for key, tensor in unborn.tensors.items():
+                device = cpu if key in on_cpu else mesh_device(tensor) or home
+                _swap(tensor, _real(tensor, device, memory.get(key)))
             for owner, held in own:
                 for leaf in owner.leaves:
                     if held[leaf].is_meta:
@@ -85,29 +124,25 @@ def materialise(plan: Plan) -> list[str]:
     return [f"{len(names)} entries were on meta and were initialised by their own modules: {', '.join(names[:4])}"]
 
 
-def needs_memory(plan: Plan) -> bool:
-    """Whether `materialise` has anything to do."""
-    return bool(on_meta(plan) or _transient(plan)) or any(assignment.reshapes for assignment in plan.assignments)
-
-
-def uninitialisable(plan: Plan) -> list[str]:
+def uninitialisable(plan: Plan, unborn: Unborn) -> list[str]:
     """What a load would leave on meta or without a value, in words; decided on copies, with no random number drawn."""
     lost = []
-    for owner in _owners(plan):
+    for owner in unborn.owners:
         left = owner.leaves if owner.initialise is None else _untouched(owner)
         kind = type(owner.module).__name__
         why = "has no reset_parameters()" if owner.initialise is None else "does not set it when it initialises itself"
         lost += [(join(owner.path, leaf), f"{kind} {why}") for leaf in left]
-    unborn = on_meta(plan)
     entries = [
-        t for t in plan.targets.entries.values() if id(t.tensor) in unborn and not isinstance(t.owner, nn.RNNBase)
+        t
+        for t in plan.targets.entries.values()
+        if id(t.tensor) in unborn.tensors and not isinstance(t.owner, nn.RNNBase)
     ]
     if watched := [target.name for target in entries if weakref.getweakrefs(target.tensor)]:
         message = f"meta: something holds weak references to {printable(watched[0])} (one of {len(watched)}), so that it cannot"
         return [f"{message} get memory\n  -> build the model on a real device"]
     if not lost:
         return []
-    buffers = {name for name, _ in lost} & _transient(plan)
+    buffers = {name for name, _ in lost} & unborn.transient
     fix = (
         "build the model with real buffers: `with torch.device('meta')` moves them too, "
         "accelerate.init_empty_weights(include_buffers=False) does not"
@@ -119,19 +154,17 @@ def uninitialisable(plan: Plan) -> list[str]:
     ]
 
 
-def on_meta(plan: Plan) -> dict[int, Tensor]:
-    """The distinct tensors in scope that are on meta, and what is tied to them."""
+def _on_meta(plan: Plan) -> dict[int, Tensor]:
     unborn = [target for target in plan.targets.entries.values() if target.tensor.is_meta and not target.lazy]
     scope = {name for part in plan.parts for name in part.scope} if unborn else set()
     return {id(target.tensor): target.tensor for target in unborn if target.name in scope}
 
 
-def _owners(plan: Plan) -> Iterator[_Owner]:
-    """The modules in scope that have tensors on meta without a value, in the model's order."""
+def _owners(plan: Plan, unborn: Mapping[int, Tensor], transient: Set[str]) -> Iterator[_Owner]:
     # An alias is the same tensor as the entry that is written in its place.
     written = (a for a in plan.assignments if a.alias_of is None and not a.keeps)
     whole = {id(plan.targets.entries[a.target].tensor) for a in written}
-    if on_meta(plan).keys() <= whole and not _transient(plan):
+    if unborn.keys() <= whole and not transient:
         return
     scope = {name for part in plan.parts for name in part.scope}
     roots = [plan.targets.clean_paths.get(part.pretrained.into, part.pretrained.into) for part in plan.parts]
@@ -151,7 +184,6 @@ def _owners(plan: Plan) -> Iterator[_Owner]:
 
 
 def _transient(plan: Plan) -> set[str]:
-    """Names of the non-persistent buffers that are on meta."""
     having = ((module, path) for module, path in every_module(plan.model).items() if module._non_persistent_buffers_set)
     return {
         join(path, leaf)
@@ -200,10 +232,12 @@ def _whole(owner: _Owner) -> Iterator[None]:
             shard.local.copy_(whole[id(tensor)] if shard.region is None else shard.region.take(whole[id(tensor)]))
 
 
-def _real(tensor: Tensor, device: torch.device) -> Tensor:
+def _real(tensor: Tensor, device: torch.device, memory: Tensor | None = None) -> Tensor:
     """A tensor like one on meta, with memory on `device` (on the CPU for meta), and its dtype, strides and flags."""
     device = torch.device("cpu") if device.type == "meta" else device
-    if type(tensor) in {Tensor, nn.Parameter} and tensor.layout == torch.strided and tensor.is_contiguous():
+    if memory is not None:
+        real = memory
+    elif type(tensor) in {Tensor, nn.Parameter} and tensor.layout == torch.strided and tensor.is_contiguous():
         # For a tensor on meta `empty_like` is Python, and the first call imports sympy: 0.5 s and 30 MiB.
         real = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     else:

@@ -138,29 +138,22 @@ class Mover:
         others = min(torch.get_num_threads(), 8) - 1
         self._pool = ThreadPoolExecutor(others, "warmstart") if others else None
 
-    def assign(self, name: str, tensor: Tensor, place: Place) -> None:
-        """Let `tensor`, whose memory holds nothing yet, have the bytes of `place` in a second mapping of its file.
+    def memory(self, like: Tensor, place: Place) -> Tensor | None:
+        """The bytes of `place` in a second mapping of its file, as memory for a tensor like this one; None if another has them.
 
         Pages are copied when they are first written to, so that training reaches neither the file nor what it is compared
-        with. Bytes that another entry has already are copied.
+        with.
 
         Raises:
             CheckpointError: The file was replaced, or has become shorter.
         """
-        self.begun = True
         file, start, stop = place
         if file not in self._own:
             self._own[file] = _Own(file.again(), [])
         own = self._own[file]
         if not own.claim(start, stop):
-            self.add(name, tensor, place)
-            return
-        raw = torch.frombuffer(own.file.map, dtype=tensor.dtype, count=tensor.numel(), offset=start)
-        tensor.data = raw.view(tensor.shape)
-        if self._verify == "off":
-            self.done.append(name)
-        else:
-            self.add(name, tensor, place, copy=False)
+            return None
+        return torch.frombuffer(own.file.map, dtype=like.dtype, count=like.numel(), offset=start).view(like.shape)
 
     def add(self, name: str, tensor: Tensor, place: Place, *, copy: bool = True) -> None:
         """Copy the bytes of `place` into `tensor`, and compare them, as was asked for: now or soon.
@@ -175,6 +168,9 @@ class Mover:
             CheckpointError: The file was replaced, or has become shorter.
         """
         copy = copy and self._copy
+        if not copy and self._verify == "off":
+            self.done.append(name)
+            return
         file = place.file
         if file not in self._known:
             file.check()

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from warmstart.errors import CheckpointError, MappingError, TimingError
 from warmstart.freezing import refuse_wrapped
 from warmstart.loading.masters import has_master
-from warmstart.loading.materialising import uninitialisable
+from warmstart.loading.materialising import Unborn, uninitialisable
 from warmstart.loading.values import Values, as_planned, duplicates, loaded_here, span
 from warmstart.mapping.buckets import Assignment
 from warmstart.mapping.grouping import listed, printable
@@ -22,7 +22,7 @@ from warmstart.shards import Shard, full_shape, is_partition, is_sharded, local_
 from warmstart.tensors import dtype_name, non_finite, range_lost, same_bits
 
 
-def preflight(plan: Plan, values: Values) -> None:
+def preflight(plan: Plan, values: Values, unborn: Unborn) -> None:
     """Refuse what can be refused before anything is written; the model is untouched.
 
     Raises:
@@ -34,7 +34,7 @@ def preflight(plan: Plan, values: Values) -> None:
     for part in plan.parts:
         if part.checkpoint.at_hand is not None:
             part.checkpoint.at_hand.check_sha256(part.pretrained.sha256)
-    problems = [*uninitialisable(plan), *_entangled(plan), *_unlike_shards(plan)]
+    problems = [*uninitialisable(plan, unborn), *_entangled(plan), *_unlike_shards(plan)]
     problems += _value_dependent(plan, values) or [*_lost(plan, values), *_two_values(plan, values)]
     if problems:
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"

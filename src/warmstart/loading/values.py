@@ -114,7 +114,7 @@ class Values:
 def _is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in {Tensor, nn.Parameter}
-        and (tensor.is_cpu or tensor.is_cuda)
+        and tensor.device.type in {"cpu", "cuda", "meta"}
         and tensor.layout == torch.strided
         and tensor.is_contiguous()
         and not (tensor.is_conj() or tensor.is_neg())  # whose memory holds other bits than its values

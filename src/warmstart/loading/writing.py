@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from warmstart.checkpoints.files import Place
 from warmstart.errors import CheckpointError, VerificationError
 from warmstart.loading.agreement import raised_on_all
 from warmstart.loading.inert import inert_adapters
-from warmstart.loading.materialising import materialise, needs_memory, on_meta
+from warmstart.loading.materialising import Unborn, materialise
 from warmstart.loading.meeting import Ranks
 from warmstart.loading.moving import Mover
 from warmstart.loading.preflight import preflight
@@ -60,7 +61,8 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
     values = Values(plan)
     with raised_on_all("preflight", group), in_step(plan):
         values.secure()
-        preflight(plan, values)
+        unborn = Unborn(plan)
+        preflight(plan, values, unborn)
     result = Written(verify)
     mover = Mover(copy=True, verify=verify)
     done = mover.done
@@ -68,18 +70,17 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
     reshard(plan.model)
     try:
         with in_step(plan), torch.no_grad():
-            unborn = set(on_meta(plan))
-            if begun := needs_memory(plan):
-                result.notes += materialise(plan)
             with mover:
+                places, memory = _mapped(plan, values, unborn, mover)
+                if begun := bool(unborn):
+                    result.notes += materialise(plan, unborn, memory)
                 for assignment in plan.written:
                     target = plan.targets.entries[assignment.target]
                     shard = shard_of(target.tensor)
                     others = plan.targets.groups.get(target.canonical, [])
-                    place = None if others else values.place(assignment, shard)
+                    place = places.get(target.name) or (None if others else values.place(assignment, shard))
                     if place is not None:
-                        put = mover.assign if id(shard.local) in unborn and shard.local.is_cpu else mover.add
-                        put(assignment.target, shard.local, place)
+                        mover.add(target.name, shard.local, place, copy=id(shard.local) not in memory)
                         continue
                     value = values.planned(assignment, shard)
                     _place(shard.local, value, [plan.targets.entries[name].tensor for name in others])
@@ -109,6 +110,19 @@ def write(plan: Plan, verify: Verify, group: ProcessGroup | None = None) -> Writ
     result.bytes_read = sum(part.checkpoint.bytes_read for part in plan.parts) - before
     result.seconds = time.perf_counter() - started
     return result
+
+
+def _mapped(plan: Plan, values: Values, unborn: Unborn, mover: Mover) -> tuple[dict[str, Place], dict[int, Tensor]]:
+    """Where the bytes of entries without memory lie, by name; and a file's own pages for their memory, by identity."""
+    places: dict[str, Place] = {}
+    memory: dict[int, Tensor] = {}
+    for assignment in unborn.mappable():
+        tensor = plan.targets.entries[assignment.target].tensor
+        if (place := values.place(assignment, shard_of(tensor))) is not None:
+            places[assignment.target] = place
+            if (pages := mover.memory(tensor, place)) is not None:
+                memory[id(tensor)] = pages
+    return places, memory
 
 
 def _place(tensor: Tensor, value: Tensor, tied: Sequence[Tensor]) -> None:
