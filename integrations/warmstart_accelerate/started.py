@@ -34,7 +34,7 @@ class LoopLifecycle(Lifecycle):
 
     @override
     def plan(self, model: nn.Module) -> Plan[Report]:
-        if self.read == "broadcast":
+        if self.told.read == "broadcast":
             return super().plan(model)
         failed: Exception | None = None
         # The turn is passed on at the end of the block alone, so no error may leave it.
@@ -105,7 +105,7 @@ class Started:
                 raise life.waiting
         if life.report is None:
             status: Status = "pending" if life.waiting is not None else "already-applied"
-            self.report: Report = AbsentReport(self.model, life.parts, life.frozen, status)
+            self.report: Report = AbsentReport(self.model, life.told.parts, life.frozen, status)
         else:
             self.report = life.report
 
@@ -134,7 +134,7 @@ class Started:
 
     def count(self, optimizers: Sequence[Optimizer]) -> None:
         """Release by the steps of the first optimizer that trains the model."""
-        if self._counted is None and self.life.schedule.stages and optimizers:
+        if self._counted is None and self.life.told.schedule.stages and optimizers:
             self._counted = optimizers[0]
             self._counted.register_step_post_hook(lambda *_: self._step())
 

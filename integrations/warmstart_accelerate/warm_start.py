@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
 from warmstart import MappingError, PretrainedFields, Report
 from warmstart.api import Sources
 from warmstart.freezing import Held
-from warmstart.lifecycle import OnFreezeChange
+from warmstart.lifecycle import OnFreezeChange, Settings
 from warmstart.loading.agreement import raised_on_all
 from warmstart.mapping.plan.plan import Read, Verify
 from warmstart.mapping.pretrained import as_parts
@@ -118,14 +118,16 @@ def warm_start(
         if unfreeze:
             refuse_unheard_release(accelerator)
     life = LoopLifecycle(
-        parts,
-        verify=verify,
-        held=held,
-        unfreeze=unfreeze,
-        unfreeze_unit="step",
-        on_freeze_change=on_freeze_change,
-        lock=lock,
-        read=read,
+        Settings(
+            parts,
+            verify=verify,
+            held=held,
+            unfreeze=unfreeze,
+            unfreeze_unit="step",
+            on_freeze_change=on_freeze_change,
+            lock=lock,
+            read=read,
+        )
     )
     life.steps_on_copies = trains_by_deepspeed(accelerator)
     key = name if name is not None else "+".join(part.into for part in parts)

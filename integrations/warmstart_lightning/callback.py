@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 from warmstart import MappingError, Pretrained, PretrainedFields, Report
 from warmstart.api import Sources
 from warmstart.freezing import Frozen, Held
-from warmstart.lifecycle import Lifecycle, OnFreezeChange, UnfreezeUnit
+from warmstart.lifecycle import Lifecycle, OnFreezeChange, Settings, UnfreezeUnit
 from warmstart.mapping.plan.plan import Read, Verify
 from warmstart.mapping.pretrained import as_parts
 from warmstart.patterns import Patterns
@@ -100,14 +100,16 @@ class WarmStart(Callback):
     ) -> None:
         parts = as_parts(pretrained, fields)
         self._life = Lifecycle(
-            parts,
-            verify=verify,
-            held=held,
-            unfreeze=unfreeze,
-            unfreeze_unit=unfreeze_unit,
-            on_freeze_change=on_freeze_change,
-            lock=lock,
-            read=read,
+            Settings(
+                parts,
+                verify=verify,
+                held=held,
+                unfreeze=unfreeze,
+                unfreeze_unit=unfreeze_unit,
+                on_freeze_change=on_freeze_change,
+                lock=lock,
+                read=read,
+            )
         )
         self._stages = (stages,) if isinstance(stages, str) else tuple(stages)
         if "fit" not in self._stages or not set(self._stages) <= set(_STAGES):
@@ -133,7 +135,7 @@ class WarmStart(Callback):
 
     @property
     def pretrained(self) -> list[Pretrained]:
-        return self._life.parts
+        return self._life.told.parts
 
     @property
     @override
@@ -157,7 +159,7 @@ class WarmStart(Callback):
         # optimizer. So the last of them that the module has is wrapped on the instance, for one call.
         last = next((name for name in ("configure_model", "setup") if is_overridden(name, pl_module)), None)
         if stage == "fit":
-            freezes = any(part.freeze for part in self._life.parts)
+            freezes = any(part.freeze for part in self._life.told.parts)
             refuse_at_setup(trainer, pl_module, self, freezes=freezes)
         self._end_wrap()
         if last is None:
@@ -271,7 +273,7 @@ class WarmStart(Callback):
         return self._restored if _of_a_tuner(path) else path is not None
 
     def _progress(self, trainer: Trainer) -> int:
-        return trainer.global_step if self._life.unfreeze_unit == "step" else trainer.current_epoch
+        return trainer.global_step if self._life.told.unfreeze_unit == "step" else trainer.current_epoch
 
     def _others(self, trainer: Trainer) -> list[Lifecycle]:
         return [c._life for c in _warm_starts(trainer) if c is not self]
@@ -304,13 +306,13 @@ class WarmStart(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._life.unfreeze_unit == "epoch":
+        if self._life.told.unfreeze_unit == "epoch":
             self._life.advance(self._progress(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._start(trainer, pl_module)  # for one that was put into a trainer that trains already, to be told so
-        if self._life.unfreeze_unit == "step":
+        if self._life.told.unfreeze_unit == "step":
             self._life.advance(self._progress(trainer))
         elif self in _warm_starts(trainer):
             self._rest()

@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
 from warmstart import CheckpointError, MappingError, Pretrained, PretrainedFields, Report, TimingError
 from warmstart.api import Sources
 from warmstart.freezing import Held
-from warmstart.lifecycle import OnFreezeChange, UnfreezeUnit
+from warmstart.lifecycle import OnFreezeChange, Settings, UnfreezeUnit
 from warmstart.loading.agreement import raised_on_all
 from warmstart.mapping.plan.plan import Read, Verify
 from warmstart.mapping.pretrained import as_parts
@@ -101,14 +101,16 @@ class WarmStartCallback(TrainerCallback):
     ) -> None:
         parts = as_parts(pretrained, fields)
         self._life = ModelLifecycle(
-            parts,
-            verify=verify,
-            held=held,
-            unfreeze=unfreeze,
-            unfreeze_unit=unfreeze_unit,
-            on_freeze_change=on_freeze_change,
-            lock=lock,
-            read=read,
+            Settings(
+                parts,
+                verify=verify,
+                held=held,
+                unfreeze=unfreeze,
+                unfreeze_unit=unfreeze_unit,
+                on_freeze_change=on_freeze_change,
+                lock=lock,
+                read=read,
+            )
         )
         self._key = name if name is not None else "+".join(part.into for part in parts)
         self._log = log
@@ -137,7 +139,7 @@ class WarmStartCallback(TrainerCallback):
 
     @property
     def pretrained(self) -> list[Pretrained]:
-        return self._life.parts
+        return self._life.told.parts
 
     @property
     def state_key(self) -> str:
@@ -315,13 +317,13 @@ class WarmStartCallback(TrainerCallback):
         return [c for c in _CALLBACKS if c._run is not None and c._run() is run] if run is not None else []
 
     def _progress(self, state: TrainerState) -> int:
-        return state.global_step if self._life.unfreeze_unit == "step" else self._epoch
+        return state.global_step if self._life.told.unfreeze_unit == "step" else self._epoch
 
     @override
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._life.unfreeze_unit == "epoch":
+        if self._life.told.unfreeze_unit == "epoch":
             self._life.advance(self._progress(state))
 
     @override
@@ -336,7 +338,7 @@ class WarmStartCallback(TrainerCallback):
         if self._first_step and model is not None:
             self._first_step = False
             self._life.check_first_batch(model)
-        if self._life.unfreeze_unit == "step":
+        if self._life.told.unfreeze_unit == "step":
             self._life.advance(self._progress(state))
 
     @override

@@ -33,9 +33,9 @@ class ModelLifecycle(Lifecycle):
         prefix = getattr(bare, "base_model_prefix", "")
         if not prefix or not isinstance(getattr(bare, prefix, None), nn.Module):
             return super().plan(model)
-        draft = self.plan_of(model, self.parts)
-        parts = [_into_base(part, number, draft, prefix) for number, part in enumerate(self.parts)]
-        if parts != self.parts:
+        draft = self.plan_of(model, self.told.parts)
+        parts = [_into_base(part, number, draft, prefix) for number, part in enumerate(self.told.parts)]
+        if parts != self.told.parts:
             narrowed = self.plan_of(model, parts)
             if narrowed.mapping.keys() >= {a.target for a in draft.assignments if a.alias_of is None}:
                 return narrowed

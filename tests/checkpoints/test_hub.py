@@ -21,7 +21,7 @@ from safetensors.torch import save, save_file
 import warmstart
 from warmstart.checkpoints.places import HubPlace, hub_place, is_gone, looks_local
 from warmstart.errors import CheckpointError
-from warmstart.lifecycle import Lifecycle
+from warmstart.lifecycle import Lifecycle, Settings
 from warmstart.tensors import same_bits
 
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
@@ -210,9 +210,9 @@ def test_what_is_no_path_is_never_called_gone(cache: Path, tmp_path: Path) -> No
 def test_a_hub_model_that_cannot_be_had_is_an_error_at_once_and_a_missing_file_is_not(cache: Path) -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match="hf://org/name: the hub was not asked"):
-        Lifecycle([warmstart.Pretrained("org/name")]).apply(model)
+        Lifecycle(Settings([warmstart.Pretrained("org/name")])).apply(model)
     # a file that is not there may belong to a run that is about to be resumed
-    life = Lifecycle([warmstart.Pretrained("gone/org/name.pt")])
+    life = Lifecycle(Settings([warmstart.Pretrained("gone/org/name.pt")]))
     life.apply(model)
     assert life.waiting is not None
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import warmstart
-from warmstart.lifecycle import Lifecycle
+from warmstart.lifecycle import Lifecycle, Settings
 from warmstart.loading import agreement
 from warmstart.mapping.pretrained import Pretrained
 
@@ -297,20 +297,20 @@ def one_group_fails_alone():
 
 @cell
 def host_whose_file_is_gone_on_one():
-    net, life = Net(), Lifecycle([Pretrained(mine(1, "good.safetensors", "none"), freeze="a")])
+    net, life = Net(), Lifecycle(Settings([Pretrained(mine(1, "good.safetensors", "none"), freeze="a")]))
     return attempt(net, lambda: life.apply(net))
 
 
 @cell
 def host_whose_file_is_gone_everywhere():
-    net, life = Net(), Lifecycle([Pretrained(FOLDER / "nowhere.safetensors", freeze="a")])
+    net, life = Net(), Lifecycle(Settings([Pretrained(FOLDER / "nowhere.safetensors", freeze="a")]))
     life.apply(net)  # a resume may still come
     return attempt(net, lambda: life.start(net, resumed=False))
 
 
 @cell
 def host_finds_corruption_on_one():
-    net, life = Net(), Lifecycle([Pretrained(FOLDER / "good.safetensors")])
+    net, life = Net(), Lifecycle(Settings([Pretrained(FOLDER / "good.safetensors")]))
     life.apply(net)
     if RANK == 1:
         with torch.no_grad():

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from warmstart import Pretrained, TimingError
-from warmstart.lifecycle import Lifecycle
+from warmstart.lifecycle import Lifecycle, Settings
 
 # What torch says of it: no module is named, and the rest trains.
 pytestmark = pytest.mark.filterwarnings(
@@ -40,7 +40,7 @@ class Net(nn.Module):
 def started(model: nn.Module, freeze: object = "layers.0", **options: object) -> Lifecycle:
     """A run of `model` from weights in memory, about to train."""
     source = {name: torch.full_like(value, 0.1) for name, value in model.state_dict().items()}
-    life = Lifecycle([Pretrained(source, freeze=freeze)], **options)
+    life = Lifecycle(Settings([Pretrained(source, freeze=freeze)], **options))
     life.apply(model)
     life.start(model, resumed=False)
     return life

@@ -61,7 +61,7 @@ def test_what_the_callback_itself_takes(tmp_path):
         "name": "a",
     }
     callback = parsed(tmp_path, {"pretrained": "a.pt", "into": "enc", **options})
-    life = callback._life
-    assert (life.schedule.stages, life.unfreeze_unit) == ({2: ["enc.1"], 4: ["enc"]}, "step")
-    assert (life.held, life.on_freeze_change, life.verify) == ("train", "allow", "sample")
+    told = callback._life.told
+    assert (told.schedule.stages, told.unfreeze_unit) == ({2: ["enc.1"], 4: ["enc"]}, "step")
+    assert (told.held, told.on_freeze_change, told.verify) == ("train", "allow", "sample")
     assert callback.state_key == "WarmStart{'into': 'a'}"

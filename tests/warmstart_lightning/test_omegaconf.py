@@ -70,7 +70,7 @@ def test_a_dictconfig_trains_pickles_and_leaves_a_checkpoint_of_plain_types(tmp_
     assert not torch.equal(module.encoder[1].weight, torch.eye(3))
     state = torch.load(tmp_path / "ckpt" / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
     assert state["released"] == ["encoder.1.bias", "encoder.1.weight"]
-    kept = [callback.pretrained[0].rename, callback.pretrained[0].freeze, callback._life.schedule.stages]
+    kept = [callback.pretrained[0].rename, callback.pretrained[0].freeze, callback._life.told.schedule.stages]
     assert not any(type(part).__module__.startswith("omegaconf") for part in kept)
 
 
@@ -92,4 +92,4 @@ def test_hydra_makes_it(tmp_path):
     torch.save({}, tmp_path / "source.pt")
     callback = hydra.instantiate(config(tmp_path / "source.pt"))
     assert isinstance(callback, WarmStart)
-    assert callback._life.schedule.stages == {1: ["encoder.1"]}
+    assert callback._life.told.schedule.stages == {1: ["encoder.1"]}

@@ -192,7 +192,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path, source, fingerprint, fields, 
 
 
 def test_numbers_that_yaml_made_strings_are_numbers(source):
-    assert warm(source, unfreeze={"2": ["a"]})._life.schedule.stages == {2: ["a"]}
+    assert warm(source, unfreeze={"2": ["a"]})._life.told.schedule.stages == {2: ["a"]}
 
 
 class TwoOptimizers(Module):

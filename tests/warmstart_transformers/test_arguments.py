@@ -73,7 +73,7 @@ def test_structured_flags_are_json():
     assert part.freeze == ["a", "b"]
     assert not part.trust_pickle
     assert len(part.convert) == len(part.adapt) == 1
-    assert callback._life.schedule.stages == {2: ["a", "b"]}
+    assert callback._life.told.schedule.stages == {2: ["a", "b"]}
 
 
 @pytest.mark.parametrize("kind", ["yaml", "json"])
@@ -86,7 +86,7 @@ def test_several_sources_with_their_own_rules(plain_source, tmp_path, kind):
     config = tmp_path / f"warm.{kind}"
     config.write_text(json.dumps({"pretrained": parts, "verify": "sample", "log": False}))
     (callback,) = parsed("--warmstart_config", config, "--warmstart_verify", "full").callbacks()
-    assert callback._life.verify == "full"  # a flag takes precedence
+    assert callback._life.told.verify == "full"  # a flag takes precedence
     model = Plain()
     Trainer(model, TrainingArguments(**training_flags(tmp_path)), train_dataset=numbers(), callbacks=[callback])
     assert equal(weights(model.encoder), torch.load(plain_source, weights_only=True))

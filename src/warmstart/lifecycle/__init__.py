@@ -6,5 +6,6 @@ Hosts say *when*; nothing here knows a host.
 from warmstart.lifecycle.holding import OnFreezeChange
 from warmstart.lifecycle.lifecycle import Lifecycle
 from warmstart.lifecycle.schedule import UnfreezeUnit
+from warmstart.lifecycle.settings import Settings
 
-__all__ = ["Lifecycle", "OnFreezeChange", "UnfreezeUnit"]
+__all__ = ["Lifecycle", "OnFreezeChange", "Settings", "UnfreezeUnit"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,24 +13,22 @@ from torch import nn
 from warmstart import api
 from warmstart.checkpoints.places import is_gone
 from warmstart.drift import Drift
-from warmstart.errors import CheckpointError, MappingError, TimingError
-from warmstart.freezing import Frozen, Held, entries_matching, freeze_entries
+from warmstart.errors import CheckpointError, TimingError
+from warmstart.freezing import Frozen, entries_matching, freeze_entries
 from warmstart.lifecycle.auditing import audit, refuse_beside_copies, refuse_late_freeze
 from warmstart.lifecycle.converted import heirs
-from warmstart.lifecycle.holding import Holding, OnFreezeChange
+from warmstart.lifecycle.holding import Holding
 from warmstart.lifecycle.overlap import refuse_overlap
 from warmstart.lifecycle.past import Past, begin, inherit, known, remember
 from warmstart.lifecycle.resuming import Resuming
-from warmstart.lifecycle.schedule import Schedule, UnfreezeUnit
+from warmstart.lifecycle.settings import Settings
 from warmstart.loading.agreement import all_here, raised_on_all, raised_unless_alike
 from warmstart.loading.verifying import raise_differences, structure
-from warmstart.mapping.declared import plain
 from warmstart.mapping.model.names import strip
 from warmstart.mapping.model.targets import Targets
 from warmstart.mapping.plan.lock import frozen_names
-from warmstart.mapping.plan.plan import Plan, Read, Verify
+from warmstart.mapping.plan.plan import Plan
 from warmstart.mapping.pretrained import Pretrained
-from warmstart.patterns import Patterns
 from warmstart.report import Report
 
 
@@ -39,8 +36,7 @@ class Lifecycle:
     """One warm start over the life of a run.
 
     Attributes:
-        parts: The sources.
-        schedule: What to release when.
+        told: Its sources, and what is to be done with them.
         report: What was loaded into the present model; None before, and where this run did not load it.
         restored: The state of the run that was resumed, as `state()` gave it; None otherwise.
         late_freeze: What to do about an optimizer that holds what is to be frozen, in the host's words.
@@ -50,42 +46,15 @@ class Lifecycle:
     late_freeze = "leave these out of it, or let the optimizer be made after the load"
     steps_on_copies = False
 
-    def __init__(
-        self,
-        parts: Sequence[Pretrained],
-        *,
-        verify: Verify = "full",
-        held: Held = "eval",
-        on_freeze_change: OnFreezeChange = "error",
-        unfreeze: Mapping[int, Patterns] | None = None,
-        unfreeze_unit: UnfreezeUnit = "epoch",
-        lock: str | os.PathLike[str] | None = None,
-        read: Read = "local",
-    ) -> None:
-        for name, value, choices in (
-            ("verify", verify, ("full", "sample", "off")),
-            ("held", held, ("eval", "train")),
-            ("on_freeze_change", on_freeze_change, ("error", "allow")),
-            ("unfreeze_unit", unfreeze_unit, ("epoch", "step")),
-            ("read", read, ("local", "broadcast")),
-        ):
-            if value not in choices:
-                raise MappingError(f"{name}={value!r}: one of {', '.join(map(repr, choices))}")
-        self.parts = list(parts)
-        self.verify: Verify = verify
-        self.held: Held = held
-        self.on_freeze_change = on_freeze_change
-        self.schedule = Schedule.of(unfreeze or {})
-        self.unfreeze_unit: UnfreezeUnit = unfreeze_unit
-        self.lock = lock
-        self.read: Read = read
+    def __init__(self, told: Settings) -> None:
+        self.told = told
         self.restored: dict[str, Any] | None = None
         self._early: frozenset[str] = frozenset()
         self._reset()
 
     def _reset(self) -> None:
         self.report: Report | None = None
-        self._freeze = Holding(self.schedule, self.held, self.on_freeze_change)
+        self._freeze = Holding(self.told.schedule, self.told.held, self.told.on_freeze_change)
         self._model: weakref.ref[nn.Module] | None = None
         self._past: Past | None = None
         self._gone: CheckpointError | None = None
@@ -95,32 +64,20 @@ class Lifecycle:
 
     def __getstate__(self) -> dict[str, Any]:
         """The configuration alone: what a run made of it belongs to its process and its model."""
-        kept = ("parts", "verify", "held", "on_freeze_change", "schedule", "unfreeze_unit", "lock", "read", "restored")
-        return {name: self.__dict__[name] for name in kept}
+        return {"told": self.told, "restored": self.restored}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._early = frozenset()
         self._reset()
 
-    def _identity(self) -> Hashable:
-        """What makes two warm starts write the same: their sources and rules, without what is frozen afterwards."""
-        sources = [os.fspath(p.source) if isinstance(p.source, str | os.PathLike) else id(p.source) for p in self.parts]
-        rules = [{k: v for k, v in p.rules().items() if k != "freeze"} for p in self.parts]
-        return tuple((source, repr(sorted(rule.items()))) for source, rule in zip(sources, rules, strict=True))
-
-    @property
-    def _rule(self) -> Hashable:
-        """What is to be frozen, as it was said."""
-        return repr([plain(part.freeze) for part in self.parts])
-
     def same_as(self, other: Lifecycle) -> bool:
         """Whether both load the same sources by the same rules, and freeze the same."""
-        return self._identity() == other._identity() and self._rule == other._rule
+        return self.told.identity == other.told.identity and self.told.freeze == other.told.freeze
 
     def _known(self, model: nn.Module) -> Past | None:
         """What this model was loaded with, by this warm start or by another that writes the same."""
-        return known(model, self._identity())
+        return known(model, self.told.identity)
 
     def _goes_on(self, model: nn.Module, past: Past) -> bool:
         """Whether a model that was loaded is to be left as it is: it has trained since, or `start` will compare its values."""
@@ -129,7 +86,7 @@ class Lifecycle:
 
     def _begin(self, model: nn.Module) -> None:
         self._trained = True
-        begin(model, self._identity())
+        begin(model, self.told.identity)
 
     @property
     def frozen(self) -> Frozen | None:
@@ -138,11 +95,11 @@ class Lifecycle:
 
     def plan(self, model: nn.Module) -> Plan[Report]:
         """What goes where in this model; a host that knows more of its models than their names adds to the rules here."""
-        return self.plan_of(model, self.parts)
+        return self.plan_of(model, self.told.parts)
 
     def plan_of(self, model: nn.Module, parts: Sequence[Pretrained]) -> Plan[Report]:
         """The plan of these sources, opened as `read` says: then every rank calls it."""
-        return api.plan_together(model, parts, lock=self.lock, read=self.read)
+        return api.plan_together(model, parts, lock=self.told.lock, read=self.told.read)
 
     def loaded(self, model: nn.Module) -> bool:
         """Whether this model is the one that was applied to last."""
@@ -176,7 +133,7 @@ class Lifecycle:
             plan.raise_errors()
             for other in beside:
                 other._rehearse(model)
-            targets, names = plan.targets, set(plan.freeze) - self.schedule.later(plan)
+            targets, names = plan.targets, set(plan.freeze) - self.told.schedule.later(plan)
         if past is not None:
             past.thaw(model)
         frozen = [t for name in names if (t := targets.entries[name]).kind == "parameter" and t.tensor.requires_grad]
@@ -229,10 +186,10 @@ class Lifecycle:
         self._reset()
         plan = self._plan_if_there(model)
         if self.steps_on_copies:
-            refuse_beside_copies(plan, releases=bool(self.schedule.stages))
+            refuse_beside_copies(plan, releases=bool(self.told.schedule.stages))
         if plan is None:
             if names := self._frozen_names(model):
-                self._freeze.take(freeze_entries(model, names, Targets.of(model), self.held))
+                self._freeze.take(freeze_entries(model, names, Targets.of(model), self.told.held))
             if self.frozen is None:
                 self._freeze.take_as_before(model, manifest)
         else:
@@ -240,15 +197,17 @@ class Lifecycle:
             for other in beside:
                 other._rehearse(model)
             refuse_overlap(plan, [other.report for other in beside])
-            refuse_late_freeze(plan, set(plan.freeze) - self.schedule.later(plan), optimizers, self.late_freeze)
+            refuse_late_freeze(plan, set(plan.freeze) - self.told.schedule.later(plan), optimizers, self.late_freeze)
             if past is not None:  # of a try that never came to train
                 past.thaw(model)
-            self.report = api.apply(plan, verify=self.verify, held=self.held, read=self.read, shared=True)
+            self.report = api.apply(
+                plan, verify=self.told.verify, held=self.told.held, read=self.told.read, shared=True
+            )
             self._freeze.take(self.report.frozen)
         if self.frozen is not None:
             self.frozen.trained |= self._early
         if self.report is not None:
-            remember(model, self._identity(), Past.of(self.report, self._rule))
+            remember(model, self.told.identity, Past.of(self.report, self.told.freeze))
         self._model = weakref.ref(model)
 
     def _plan_if_there(self, model: nn.Module) -> Plan[Report] | None:
@@ -257,10 +216,10 @@ class Lifecycle:
         try:
             plan = self.plan(model)
         except CheckpointError as error:
-            if not any(is_gone(part.source) for part in self.parts):
+            if not any(is_gone(part.source) for part in self.told.parts):
                 raise
             self._gone = error
-        raised_unless_alike(self._gone, "set up: its source", hint=api.OTHER_MODE[self.read])
+        raised_unless_alike(self._gone, "set up: its source", hint=api.OTHER_MODE[self.told.read])
         return plan
 
     def watch(self, model: nn.Module, manifest: Mapping[str, Any] | None = None) -> None:
@@ -269,25 +228,25 @@ class Lifecycle:
 
     def _to_load(self, model: nn.Module) -> frozenset[str]:
         """The parameters that this warm start loads, as far as it is known."""
-        if self.verify == "off":
+        if self.told.verify == "off":
             return frozenset()
         if self.report is not None:
             entries = self.report.plan.targets.entries
             return frozenset(a.target for a in self.report.plan.assignments if entries[a.target].kind == "parameter")
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)] if self._gone is not None else []
-        return frozenset(name for name in names if any(strip(name, part.into) is not None for part in self.parts))
+        return frozenset(name for name in names if any(strip(name, part.into) is not None for part in self.told.parts))
 
     def _take_up(
         self, model: nn.Module, past: Past, beside: Sequence[Lifecycle], optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
         """Go on with a model that was loaded before."""
-        if self.report is not None and self.report.plan.model is model and past.rule == self._rule:
+        if self.report is not None and self.report.plan.model is model and past.rule == self.told.freeze:
             if self._trained:
                 self.report.status = "already-applied"
                 self._freeze.stage()
             return
         self._reset()
-        if past.rule == self._rule:
+        if past.rule == self.told.freeze:
             self._freeze.take_up(model, past.frozen, past.trained, past.rows)
         else:
             self._freeze_anew(model, past, beside, optimizers)
@@ -302,14 +261,14 @@ class Lifecycle:
             plan.raise_errors()
             refuse_overlap(plan, [other.report for other in beside])
             names = plan.freeze
-            refuse_late_freeze(plan, set(names) - self.schedule.later(plan), optimizers, self.late_freeze)
-        elif any(part.freeze for part in self.parts):
+            refuse_late_freeze(plan, set(names) - self.told.schedule.later(plan), optimizers, self.late_freeze)
+        elif any(part.freeze for part in self.told.parts):
             assert self._gone is not None
             raise self._gone
         self._gone = None
         past.thaw(model)
         self._freeze.take_up(model, names, None, past.rows)
-        remember(model, self._identity(), past.frozen_as(self.frozen, self._rule))
+        remember(model, self.told.identity, past.frozen_as(self.frozen, self.told.freeze))
 
     def _rehearse(self, model: nn.Module) -> None:
         past = self._known(model)
@@ -318,13 +277,10 @@ class Lifecycle:
 
     def _frozen_names(self, model: nn.Module) -> list[str]:
         """What to freeze, as far as it is known without the source."""
-        patterns: list[str] = []
-        for part in self.parts:
-            if not isinstance(part.freeze, bool):
-                patterns += [part.freeze] if isinstance(part.freeze, str) else list(part.freeze)
-        if self.lock is not None:
+        if self.told.lock is not None:
             targets = Targets.of(model)
-            return [name for name in frozen_names(self.lock) if name in targets.entries]
+            return [name for name in frozen_names(self.told.lock) if name in targets.entries]
+        patterns = self.told.frozen_patterns
         return entries_matching(model, patterns) if patterns else []
 
     @property
@@ -340,7 +296,7 @@ class Lifecycle:
     @property
     def knows_what_to_freeze(self) -> bool:
         """Whether the frozen names are known although the source is gone."""
-        return self.frozen is not None or self.lock is not None or not any(part.freeze is True for part in self.parts)
+        return self.frozen is not None or self.told.lock is not None or not self.told.freezes_what_loads
 
     def resume(self, model: nn.Module, state: dict[str, Any] | None) -> None:
         """Take over the state of the run that is being resumed: freeze what it froze, or say how that differs.
@@ -442,7 +398,7 @@ class Lifecycle:
         if self._gone is not None:
             if not resumed:
                 raise self._gone
-            scopes = [part.into for part in self.parts]
+            scopes = [part.into for part in self.told.parts]
             self._resuming.refuse_instead_of(self._gone, model, scopes, self.knows_what_to_freeze)
             self._resuming.take(model, keep=not self.steps_on_copies)
         elif self.report is not None:
@@ -468,7 +424,7 @@ class Lifecycle:
         entries = self.report.plan.targets.entries if self.report is not None and self.loaded(model) else {}
         frozen = self.frozen.targets if self.frozen is not None and self.frozen.model is model else ()
         if found := heirs(model, [*entries.values(), *frozen]):
-            inherit(model, self._identity(), found)
+            inherit(model, self.told.identity, found)
             for name, target in entries.items():
                 if id(target.owner) in found:
                     entries[name] = dataclasses.replace(target, owner=found[id(target.owner)])
@@ -498,11 +454,11 @@ class Lifecycle:
         return self._freeze.advance(progress)
 
     def _compare(self, report: Report, model: nn.Module, resumed: bool, buffers: bool) -> None:
-        if self.verify == "off":
+        if self.told.verify == "off":
             report.status = "superseded-by-resume" if resumed else report.status
             return
         try:
-            wrong = report.differences(model, self.verify, buffers=buffers)
+            wrong = report.differences(model, self.told.verify, buffers=buffers)
         except CheckpointError:
             if not resumed:
                 raise
@@ -525,7 +481,7 @@ class Lifecycle:
         """
         with raised_on_all("first training batch"):
             if self.report is not None and self.report.status == "applied":
-                wrong = self.report.differences(model, self.verify, buffers=False)
+                wrong = self.report.differences(model, self.told.verify, buffers=False)
                 if wrong:
                     self.report.status = "failed"
                     raise_differences(wrong, "before the first training batch")
