@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import warmstart
-from warmstart.checkpoints.torch_files import torch_file
 from warmstart.lineage import METADATA_KEY, as_metadata, lineage_of_copy, recorded, recorded_in_json
 
 
@@ -179,11 +178,23 @@ def test_a_pickle_that_holds_itself_ends(tmp_path, state):
     assert "nested too deeply" in ancestor["unreadable"]
 
 
-def test_a_file_without_the_word_is_not_unpickled_twice(tmp_path, state, monkeypatch):
-    torch.save({"state_dict": state, "callbacks": {}}, tmp_path / "plain.ckpt")
-    checkpoint = warmstart.open_checkpoint(tmp_path / "plain.ckpt")
-    monkeypatch.setattr(torch_file, "unpickle", lambda *_: pytest.fail("unpickled"))
-    assert recorded(checkpoint) == []
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_lineage_of_a_torch_file_is_known_once_it_is_open(tmp_path, state, trust, legacy):
+    path = tmp_path / "run.ckpt"
+    saved = {"state_dict": state, "callbacks": {"WarmStart": {"lineage": record("a.pt")}}}
+    torch.save(saved, path, _use_new_zipfile_serialization=not legacy)
+    checkpoint = warmstart.open_checkpoint(path, trust_pickle=trust)
+    path.unlink()
+    assert recorded(checkpoint) == [record("a.pt")]
+
+
+def test_an_average_has_the_lineages_of_all_its_checkpoints(tmp_path, state):
+    for name in "ab":
+        saved = {"state_dict": state, "callbacks": {"WarmStart": {"lineage": record(f"{name}.pt")}}}
+        torch.save(saved, tmp_path / f"{name}.ckpt")
+    averaged = warmstart.average([tmp_path / "a.ckpt", tmp_path / "b.ckpt"])
+    assert ancestors(averaged) == [{"of_source": 0, **record("a.pt")}, {"of_source": 0, **record("b.pt")}]
 
 
 def test_sources_in_memory_have_no_lineage(state):

@@ -52,7 +52,7 @@ class AveragedCheckpoint(Checkpoint):
             versions=first.versions,
             notes=list(notes),
         )
-        self.callbacks = first.callbacks
+        self.callbacks = [source.callbacks for source in sources]
 
     def header_digest(self) -> str:
         """A SHA-256 of the sources' own digests and of how much each counts."""
