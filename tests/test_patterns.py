@@ -122,6 +122,13 @@ def test_the_nearest_names_are_whole_paths_of_the_depth_that_was_typed(typed, me
     assert nearest(typed, names)[0] == meant
 
 
+def test_a_path_that_lacks_its_beginning_is_found_by_its_whole_segments():
+    names = ["encoder.layer.0.weight", "decoder.layer.0.cross.layer.0.weight", "layers.0.weight"]
+    assert nearest("layer.0", names)[:2] == ["decoder.layer.0", "encoder.layer.0"]
+    assert nearest("0", names) == ["layers.0", "decoder.layer.0", "encoder.layer.0"]
+    assert nearest("cross.*", names)[0] == "decoder.layer.0.cross"
+
+
 def test_nothing_is_near_to_nonsense_and_huge_input_is_cut():
     assert nearest("qqqqqqq", ["encoder.weight"]) == []
     assert nearest("x" * 10_000, ["y" * 10_000, "encoder"]) == []

@@ -105,13 +105,17 @@ class PatternSet:
 
 
 def nearest(text: str, names: Iterable[str], n: int = 3) -> list[str]:
-    """The names, or leading paths of names, that a mistyped `text` most likely means."""
+    """The names, or leading paths of names, that `text` most likely means: it lacks what stands before it, or is mistyped."""
     word = text.removeprefix("?").replace("\\.", ".").strip("*.^$\\")  # a rename rule is a regex
     depth = word.count(".") + 1
     candidates: set[str] = set()
+    deeper: set[str] = set()
     for name in names:
         parts = name.split(".")
         candidates.update(".".join(parts[:d]) for d in {depth, depth + 1, len(parts)})
+        if word and (at := f".{name}.".find(f".{word}.")) > 0:
+            deeper.add(name[: at + len(word)])
     # difflib is quadratic in a word's length and linear in the candidates: long words and lists are cut.
     pool = sorted(c for c in candidates if len(c) < 200)[:5000]
-    return difflib.get_close_matches(word[:200], pool, n=n, cutoff=0.6)
+    alike = difflib.get_close_matches(word[:200], pool, n=n, cutoff=0.6)
+    return list(dict.fromkeys([*sorted(deeper, key=lambda path: (path.count("."), path)), *alike]))[:n]
