@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import warmstart
@@ -268,3 +269,68 @@ def test_a_plain_weight_into_weight_norm_on_meta():
     value = torch.randn(4, 3)
     warmstart.load(model, {"weight": value, "bias": torch.zeros(4)})
     assert torch.allclose(model.weight, value, atol=1e-6)
+
+
+class Averaging(nn.Module):
+    """A buffer that is written to in a forward that autograd records."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        return self.mean.mul_(0.5).add_(self.weight * x * 0.5).sum()
+
+
+def test_a_buffer_with_a_file_s_pages_for_memory_may_be_written_to_under_autograd(tmp_path):
+    save_file({"weight": torch.full((4,), 3.0), "mean": torch.full((4,), 2.0)}, tmp_path / "a.safetensors")
+    model = on_meta(Averaging)
+    warmstart.load(model, tmp_path / "a.safetensors")
+    model(torch.ones(4)).backward()
+    assert torch.equal(model.mean, torch.full((4,), 2.5))
+    assert torch.equal(model.weight.grad, torch.full((4,), 0.5))
+
+
+class Reaching(nn.Module):
+    """An owner that writes, also past torch's count of writes, to what is not below it."""
+
+    def __init__(self, other: nn.Linear):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(2))
+        self.others = [other]
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.constant_(self.scale, 5.0)
+        nn.init.constant_(self.others[0].weight, 7.0)
+        self.others[0].bias.data.fill_(7.0)
+
+
+class Reached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(3, 2)
+        self.head = Reaching(self.body)
+
+
+@pytest.mark.parametrize("verify", ["full", "sample", "off"])
+def test_an_owner_that_reaches_beyond_itself_leaves_what_a_file_gave(tmp_path, verify):
+    source = {"body.weight": torch.arange(6.0).view(2, 3), "body.bias": torch.tensor([8.0, 9.0])}
+    save_file(source, tmp_path / "a.safetensors")
+    model = on_meta(Reached)
+    warmstart.load(model, tmp_path / "a.safetensors", verify=verify, allow_missing="head")
+    assert torch.equal(model.body.weight, source["body.weight"])
+    assert torch.equal(model.body.bias, source["body.bias"])
+    assert torch.equal(model.head.scale, torch.full((2,), 5.0))
+
+
+@pytest.mark.parametrize("verify", ["full", "sample", "off"])
+def test_a_lazy_model_on_meta_gets_memory(tmp_path, verify):
+    source = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    save_file(source.state_dict(), tmp_path / "a.safetensors")
+    model = on_meta(lambda: nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2)))
+    warmstart.load(model, tmp_path / "a.safetensors", verify=verify)
+    assert left_on_meta(model) == []
+    x = torch.randn(3, 6)
+    assert torch.equal(model(x), source(x))

@@ -59,15 +59,14 @@ class Unborn:
         return bool(self.tensors or self.transient) or any(each.reshapes for each in self._plan.assignments)
 
     def mappable(self) -> Iterator[Assignment]:
-        """Those whose entry may have a file's own pages for its memory: it goes to the CPU, and nothing else writes to it."""
+        """Those whose entry may have a file's own pages for its memory: it goes to the CPU, and is not tied."""
         if not self.tensors or torch.get_default_device().type not in {"cpu", "meta"}:
             return
-        initialised = {id(t) for each in self.owners for m in each.module.modules() for t in _held(m).values()}
         targets = self._plan.targets
         for assignment in self._plan.written:
             target = targets.entries[assignment.target]
             alone = target.canonical not in targets.groups and not is_sharded(target.tensor)
-            if alone and id(target.tensor) in self.tensors and id(target.tensor) not in initialised:
+            if alone and id(target.tensor) in self.tensors:
                 yield assignment
 
 
@@ -89,21 +88,23 @@ def materialise(plan: Plan, unborn: Unborn, memory: Mapping[int, Tensor]) -> lis
     """
     owners = unborn.owners
     drawn = (t for owner in owners for module in owner.module.modules() for t in _held(module).values())
+    home, cpu = torch.get_default_device(), torch.device("cpu")
     with torch.no_grad(), same_draws(drawn):
         for assignment in plan.assignments:
             tensor = plan.targets.entries[assignment.target].tensor
             if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
                 tensor.materialize(assignment.shape, dtype=assignment.dtype)
+                if tensor.is_meta:
+                    _swap(tensor, _real(tensor, home))
             elif full_shape(tensor) != assignment.shape:  # an observer's, which takes the shape of what it is given
                 tensor.resize_(assignment.shape)
         own = [(owner, _held(owner.module)) for owner in owners]
         was_real = {id(t) for module in every_module(plan.model) for t in _held(module).values() if not t.is_meta}
         on_cpu = offloaded(plan.model)
-        home, cpu = torch.get_default_device(), torch.device("cpu")
         with _weak_references(plan.model):
             for key, tensor in unborn.tensors.items():
                 device = cpu if key in on_cpu else mesh_device(tensor) or home
-                _swap(tensor, _real(tensor, device, memory.get(key)))
+                _swap(tensor, _real(tensor, device, None if owners else memory.get(key)))
             for owner, held in own:
                 for leaf in owner.leaves:
                     if held[leaf].is_meta:
@@ -120,6 +121,8 @@ def materialise(plan: Plan, unborn: Unborn, memory: Mapping[int, Tensor]) -> lis
             was_real.update(id(_held(owner.module)[leaf]) for leaf in owner.leaves)
     if not owners:
         return []
+    for key, pages in memory.items():  # only now: an owner may write to whatever it can reach
+        unborn.tensors[key].data = pages
     names = [join(owner.path, leaf) for owner in owners for leaf in owner.leaves]
     return [f"{len(names)} entries were on meta and were initialised by their own modules: {', '.join(names[:4])}"]
 

@@ -153,7 +153,8 @@ class Mover:
         own = self._own[file]
         if not own.claim(start, stop):
             return None
-        return torch.frombuffer(own.file.map, dtype=like.dtype, count=like.numel(), offset=start).view(like.shape)
+        raw = torch.frombuffer(own.file.map, dtype=like.dtype, count=like.numel(), offset=start)
+        return raw.view(like.shape).data  # as no view, which autograd would not let a buffer be written to
 
     def add(self, name: str, tensor: Tensor, place: Place, *, copy: bool = True) -> None:
         """Copy the bytes of `place` into `tensor`, and compare them, as was asked for: now or soon.

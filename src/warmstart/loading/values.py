@@ -77,15 +77,18 @@ class Values:
         """What an entry that holds `current` should hold here, in the dtype the plan gives it, on the CPU."""
         return as_planned(self.needed(assignment, current), assignment, current)
 
-    def place(self, assignment: Assignment, current: Shard) -> Place | None:
+    def place(self, assignment: Assignment, current: Shard, *, unborn: bool = False) -> Place | None:
         """Where in a file the bytes lie that `current` should hold, to be moved as they are.
 
-        None where the value is made for the entry, or where the entry is more than a piece of memory.
+        None where the value is made for the entry, or where the entry is more than a piece of memory, or has none: unless it
+        is `unborn`, which is to get some.
         """
         if assignment.adapter or assignment.conversion or assignment.fill is not None or assignment.cast is not None:
             return None
         tensor, key = current.local, assignment.sources[0]
-        if not _is_plain(tensor) or tensor.dtype != assignment.dtype or current.shape != assignment.shape:
+        if tensor.is_meta is not unborn or not _is_plain(tensor):
+            return None
+        if tensor.dtype != assignment.dtype or current.shape != assignment.shape:
             return None
         checkpoint = self.plan.parts[assignment.part].checkpoint
         place = checkpoint.place(key) if (assignment.part, key) not in self._copies else None

@@ -118,7 +118,7 @@ def _mapped(plan: Plan, values: Values, unborn: Unborn, mover: Mover) -> tuple[d
     memory: dict[int, Tensor] = {}
     for assignment in unborn.mappable():
         tensor = plan.targets.entries[assignment.target].tensor
-        if (place := values.place(assignment, shard_of(tensor))) is not None:
+        if (place := values.place(assignment, shard_of(tensor), unborn=True)) is not None:
             places[assignment.target] = place
             if (pages := mover.memory(tensor, place)) is not None:
                 memory[id(tensor)] = pages
