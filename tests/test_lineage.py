@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,8 @@ def state() -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in nn.Linear(3, 2).state_dict().items()}
 
 
-def ancestors(path) -> list[dict]:
-    return warmstart.load(nn.Linear(3, 2), path).lineage["ancestors"]
+def ancestors(path, **fields) -> list[dict]:
+    return warmstart.load(nn.Linear(3, 2), path, **fields).lineage["ancestors"]
 
 
 def test_field_note_44_a_fresh_source_has_no_ancestors(tmp_path, state):
@@ -176,6 +177,40 @@ def test_a_pickle_that_holds_itself_ends(tmp_path, state):
     torch.save({"state_dict": state, "callbacks": {"lineage": 1, "x": loop}}, tmp_path / "loop.ckpt")
     (ancestor,) = ancestors(tmp_path / "loop.ckpt")
     assert "nested too deeply" in ancestor["unreadable"]
+
+
+def _circle() -> list[object]:
+    circle: list[object] = []
+    circle.append(circle)
+    return circle
+
+
+def _chain() -> list[object]:
+    chain: list[object] = []
+    for _ in range(150):
+        chain = [chain]
+    return chain
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("other", [_circle(), _chain(), [[] for _ in range(100_001)]])
+def test_callbacks_without_a_lineage_leave_the_word_to_what_lies_beside(tmp_path, state, other, trust):
+    torch.save({"state_dict": state, "callbacks": {"other": other}}, tmp_path / "a.ckpt")
+    assert ancestors(tmp_path / "a.ckpt", trust_pickle=trust) == []
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "warmstart.json").write_text(json.dumps({"lineage": record("beside")}))
+    (ancestor,) = ancestors(tmp_path / "a.ckpt", trust_pickle=trust)
+    assert ancestor["sources"][0]["location"] == "beside"
+
+
+def test_a_container_that_is_held_many_times_is_searched_once(tmp_path, state):
+    many = [*range(300_000), []]
+    callbacks = {"other": [many] * 20_000, "WarmStart": {"lineage": record("a.pt")}}
+    torch.save({"state_dict": state, "callbacks": callbacks}, tmp_path / "a.ckpt")
+    started = time.monotonic()
+    (ancestor,) = ancestors(tmp_path / "a.ckpt")
+    assert ancestor["sources"][0]["location"] == "a.pt"
+    assert time.monotonic() - started < 30  # minutes, if each time
 
 
 @pytest.mark.parametrize("trust", [False, True])

@@ -6,7 +6,7 @@ import datetime
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -139,29 +139,45 @@ def _from_text(text: bytes, where: str) -> list[dict[str, Any]]:
 
 
 def _of_value(value: object) -> list[dict[str, Any]]:
-    """All that stands under a key `lineage`, at any depth, as plain JSON types."""
-    budget = [MAX_VALUES]
+    """All that stands under a key `lineage`, at any depth, as plain JSON types; a level at a time, the outermost first."""
+    budget, depth, told = [MAX_VALUES], 0, False
+    found: list[dict[str, Any]] = []
+    level, below = [value], _Below()
     try:
-        return [_clean(found, budget, 0) for found in _lineages(value, budget, 0)]
+        while level:
+            deeper: list[object] = []
+            for each in level:
+                own = dict.get(each, "lineage") if isinstance(each, dict) else None
+                told = told or own is not None
+                if isinstance(own, dict) and isinstance(own.get("sources"), list):
+                    found.append(_clean(own, budget, 0))
+                    continue
+                children = below.of(each)
+                _spend(budget, depth, 1 + len(children))
+                deeper += children
+            level, depth = deeper, depth + 1
     except _TooMuchError:
-        return [{"unreadable": "it is nested too deeply, or has too many values"}]
+        # What never says the word is some other callback's.
+        return [{"unreadable": "it is nested too deeply, or has too many values"}] if told else []
+    return found
 
 
 class _TooMuchError(Exception):
     pass
 
 
-def _lineages(value: object, budget: list[int], depth: int) -> Iterator[dict[Any, Any]]:
-    _spend(budget, depth)
-    if isinstance(value, dict):
-        own = value.get("lineage")
-        if isinstance(own, dict) and isinstance(own.get("sources"), list):
-            yield own
-            return
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for child in children:
-        if isinstance(child, dict | list):
-            yield from _lineages(child, budget, depth + 1)
+class _Below:
+    """The containers in a container; a pickle may hold one as often as it likes, and it is searched once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, list[object]] = {}
+
+    def of(self, value: object) -> list[object]:
+        if id(value) not in self._known:
+            # Past the methods of a class of the file's own.
+            inside = dict.values(value) if isinstance(value, dict) else value if isinstance(value, list) else ()
+            self._known[id(value)] = [child for child in inside if isinstance(child, dict | list)]
+        return self._known[id(value)]
 
 
 def _clean(value: object, budget: list[int], depth: int) -> Any:
@@ -178,8 +194,8 @@ def _clean(value: object, budget: list[int], depth: int) -> Any:
     return value if type(value) in {bool, int} else None
 
 
-def _spend(budget: list[int], depth: int) -> None:
-    budget[0] -= 1
+def _spend(budget: list[int], depth: int, count: int = 1) -> None:
+    budget[0] -= count
     if budget[0] < 0 or depth > MAX_DEPTH:
         raise _TooMuchError
 
