@@ -121,6 +121,12 @@ def torch_file():
 
 
 @cell
+def a_run_s_checkpoint():
+    report = warmstart.load(Net(), only_on(1, name="run.ckpt"), read="broadcast", convert=[SPLIT])
+    return [ancestor["sources"] for ancestor in report.lineage["ancestors"]]
+
+
+@cell
 def a_plan_that_every_rank_made():
     net = sharded()
     report = warmstart.plan(net, FOLDER / "good.safetensors", convert=[SPLIT]).apply(read="broadcast", verify="sample")

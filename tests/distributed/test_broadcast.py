@@ -32,6 +32,8 @@ def table(good, tmp_path_factory):
     folder = tmp_path_factory.mktemp("broadcast")
     save_file(good, folder / "good.safetensors")
     torch.save(good, folder / "good.pt")
+    told = {"WarmStart": {"lineage": {"sources": [{"location": "first.pt"}]}}}
+    torch.save({"state_dict": good, "callbacks": told}, folder / "run.ckpt")
     (folder / "cut.safetensors").write_bytes((folder / "good.safetensors").read_bytes()[:-8])
     forked.run_well(SCRIPT, WORLD, folder, folder)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
@@ -66,6 +68,10 @@ def test_every_rank_holds_what_one_reads(table, good, name):
         times = LOADED[name][rank]
         assert seen["read"] == (twice + size if times == ALONE else times * size)
         assert seen.get("meta", []) == []
+
+
+def test_every_rank_knows_what_the_file_says_of_its_past(table):
+    assert table["a_run_s_checkpoint"] == [[[{"location": "first.pt"}]]] * WORLD
 
 
 REFUSED = {

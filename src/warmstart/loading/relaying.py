@@ -20,6 +20,7 @@ from torch import Tensor
 
 from warmstart.checkpoints.base import Checkpoint, Index, TensorInfo
 from warmstart.errors import MappingError, WarmStartError
+from warmstart.lineage import recorded
 from warmstart.loading.meeting import Ranks, StoppedError, node
 from warmstart.mapping.buckets import Part
 from warmstart.mapping.plan.plan import Plan, R
@@ -123,6 +124,7 @@ class RelayedCheckpoint(Checkpoint):
         super().__init__(infos=facts["infos"], **{name: facts[name] for name in _CARRIED})
         for name in _ADDED:
             setattr(self, name, facts[name])
+        self.callbacks = facts["callbacks"]
         self.relay = relay
         self._at_hand = at_hand
 
@@ -220,4 +222,5 @@ def _of_files(checkpoint: Checkpoint) -> Checkpoint:
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     infos: dict[str, TensorInfo] = {key: checkpoint.info(key) for key in checkpoint.keys()}
-    return {name: getattr(checkpoint, name) for name in (*_CARRIED, *_ADDED)} | {"infos": infos}
+    callbacks = [{"lineage": record} for record in recorded(checkpoint)]  # of what they saved, what others ask for
+    return {name: getattr(checkpoint, name) for name in (*_CARRIED, *_ADDED)} | {"infos": infos, "callbacks": callbacks}
