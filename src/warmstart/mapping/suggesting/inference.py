@@ -11,6 +11,7 @@ from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.fitting import fitted
 from warmstart.mapping.suggesting.indices import ListSets, shift
 from warmstart.mapping.suggesting.items import matched
+from warmstart.mapping.suggesting.landmarks import landmarks
 from warmstart.mapping.suggesting.learning import learned
 from warmstart.mapping.suggesting.linking import Evidence, Link, Twins
 from warmstart.mapping.suggesting.matching import pair
@@ -118,9 +119,11 @@ def _read(keys: list[Template], entries: list[Template], lexicon: Lexicon) -> tu
     a, b = Side(keys, lexicon), Side(entries, lexicon)
     lists = ListSets.of(keys), ListSets.of(entries)
     pairing = pair(a, b)
-    siblings = Siblings(((c.key, c.entry) for c in pairing.pairs.values()), a, b)
+    pairs = [(c.key, c.entry) for c in pairing.pairs.values()]
+    marks = landmarks(a, b, pairs)
+    siblings = Siblings(pairs, a, b, marks)
     along = {key: c for key, c in pairing.pairs.items() if siblings.go_along(key.path, c.entry.path)}
-    pairing = replace(pairing, pairs=along)
+    pairing = replace(pairing, pairs=along, landmarks=marks)
     beyond = structure(a, b, pairing)
     for candidate in pairing.pairs.values():
         _add(found, [(candidate.key, candidate.entry)], lists, None)

@@ -52,7 +52,7 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
         there[above[0]][above[1]] += 1
         back[above[1]][above[0]] += 1
         beside[above].append(link)
-    siblings = Siblings(((c.key, c.entry) for c in pairs.values()), keys, entries)
+    siblings = Siblings(((c.key, c.entry) for c in pairs.values()), keys, entries, pairing.landmarks)
     crossed = {above: _crossed(row) for above, row in beside.items()}
     sure = set()
     for link in links:

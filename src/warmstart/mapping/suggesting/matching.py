@@ -178,10 +178,12 @@ class Pairing:
     Attributes:
         pairs: The pairs they are evidence for; each template is in one pair at most.
         contested: Nodes of unlike names that as well may be other nodes: nothing below them is sure.
+        landmarks: Modules that are one, whatever lies around them.
     """
 
     pairs: dict[Template, Candidate]
     contested: frozenset[Place]
+    landmarks: tuple[Place, ...] = ()
 
     def is_contested(self, key: Path, entry: Path) -> bool:
         """Whether two names would go together below nodes that may be others."""

@@ -16,9 +16,13 @@ class Siblings:
         pairs: What is decided.
         keys: The checkpoint's templates.
         entries: The model's.
+        landmarks: Modules that are one, whatever lies around them.
     """
 
-    def __init__(self, pairs: Iterable[tuple[Template, Template]], keys: Side, entries: Side) -> None:
+    def __init__(
+        self, pairs: Iterable[tuple[Template, Template]], keys: Side, entries: Side, landmarks: Iterable[Place] = ()
+    ) -> None:
+        self._landmarks = tuple(landmarks)
         self._images: tuple[dict[Path, Counter[Path]], ...] = (defaultdict(Counter), defaultdict(Counter))
         self._voters: tuple[Counter[Path], ...] = (Counter(), Counter())
         self._renamed: dict[Place, set[bool]] = defaultdict(set)
@@ -32,11 +36,18 @@ class Siblings:
 
     def go_along(self, key: Path, entry: Path) -> bool:
         """Whether a pair stays with what lies around it: most of that, on either side, went to no other place."""
-        return self._along(0, key, entry) and self._along(1, entry, key)
+        start = end = 1
+        for a, b in self._landmarks:
+            below = key[: len(a)] == a, entry[: len(b)] == b
+            if any(below):
+                if not all(below):
+                    return False
+                start, end = len(a) + 1, len(b) + 1
+        return self._along(0, key, entry, start) and self._along(1, entry, key, end)
 
-    def _along(self, side: int, path: Path, other: Path) -> bool:
+    def _along(self, side: int, path: Path, other: Path, start: int) -> bool:
         images, voters = self._images[side], self._voters[side]
-        for depth in range(1, len(path)):
+        for depth in range(start, len(path)):
             node = path[:depth]
             usual = [image for image, count in images[node].items() if 2 * count > voters[node]]
             if usual and voters[node] > 1 and all(other[: len(image)] != image for image in usual):

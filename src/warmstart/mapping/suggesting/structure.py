@@ -38,7 +38,7 @@ def structure(keys: Side, entries: Side, pairing: Pairing) -> Structure:
     taken = {candidate.entry for candidate in pairs.values()}
     open_keys = items_of(t for t in keys.templates if t not in pairs)
     open_entries = items_of(t for t in entries.templates if t not in taken)
-    places = _places(pairs, keys, entries)
+    places = _places(pairing, keys, entries)
     linker = Linker(
         keys, entries, set(open_keys), set(open_entries), PHRASES if keys.lexicon.vocabulary else (), _modules(pairs)
     )
@@ -57,13 +57,13 @@ def _modules(pairs: Mapping[Template, Candidate]) -> tuple[dict[Path, Path], dic
     return dict(layers), {b: a for a, b in layers}
 
 
-def _places(pairs: Mapping[Template, Candidate], keys: Side, entries: Side) -> list[Place]:
+def _places(pairing: Pairing, keys: Side, entries: Side) -> list[Place]:
     """Which nodes correspond, by the pairs below them; the deepest first, the roots last."""
     votes: dict[Path, Counter[Path]] = defaultdict(Counter)
-    for candidate in pairs.values():
+    for candidate in pairing.pairs.values():
         for a, b in corresponding(candidate.key, candidate.entry, keys, entries):
             votes[a][b] += 1
-    places = []
+    places = [*pairing.landmarks]
     for node, images in votes.items():
         most = max(images.values())
         places += [(node, image) for image, count in images.items() if count == most]
