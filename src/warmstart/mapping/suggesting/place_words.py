@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
+from warmstart.mapping.suggesting.branches import way_back
 from warmstart.mapping.suggesting.items import Item
 from warmstart.mapping.suggesting.side import Side
 from warmstart.mapping.suggesting.templates import Path, Place, index_positions, numbered
@@ -83,12 +84,25 @@ class PlaceWords:
 
     def sameturn_of(self, x: Item, y: Item) -> bool:
         """Whether the vocabulary says that the two stand at the same place of one row, and their numbers count alike."""
+        if self._go_back(x, y):
+            return True
         counts = [{word for word in self._said[item] if " of " in word} for item in (x, y)]
         if all(counts) and counts[0] != counts[1]:
             return False
         told = self.told(x), self.told(y)
         rows = [(turn_of(told[0], p.rows), turn_of(told[1], p.rows)) for p in self.phrases if telling(p, (x, y))]
         return any(a and a == b for a, b in rows)
+
+    def _go_back(self, x: Item, y: Item) -> bool:
+        """Whether both are the way back of one branch: below modules of the same words."""
+        if not self.phrases or len({self._above(x, 0), self._above(y, 1)}) > 1:
+            return False
+        branch = way_back(x, self.sides[0])
+        return branch is not None and branch == way_back(y, self.sides[1])
+
+    def _above(self, item: Item, side: int) -> frozenset[str]:
+        above = item.path[len(self.place[side]) : -1]
+        return frozenset(word for segment in above for word in self.sides[side].lexicon.content(segment))
 
     def vetoed(self, x: Item, y: Item) -> bool:
         """Whether a tensor beside one of them went elsewhere, or the vocabulary says they stand at different places."""

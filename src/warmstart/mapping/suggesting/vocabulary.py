@@ -116,6 +116,19 @@ NORM_TENSORS: Mapping[str, str] = {
 }  # fmt: skip
 NORM_ROWS = (frozenset({"gamma", "beta"}), frozenset({"g", "b"}))  # a norm whatever its module is called
 
+# The branches of a block, by the words that name one.
+BRANCHES: Mapping[str, str] = {"attention": "attention", "mlp": "mlp", "expert": "mlp"}
+# What codebases call the map by which a branch goes back into the width of the model, fillers aside; where its shape says so.
+WAYS_BACK = frozenset(
+    frozenset(name.split())
+    for name in (
+        "down", "output",  # transformers Llama; BERT
+        "mlp output", "attention output",  # OLMo's `ff_out`, `attn_out`
+        "2", "3", "w 2", "w 3",  # fairseq, timm; Meta's llama, Mixtral; xFormers' SwiGLU as in DINOv2
+        "", "c",  # `attn.proj` (timm), `attention.dense` (GPT-NeoX), `mlp.proj` (litGPT); `c_proj` (GPT-2)
+    )
+)  # fmt: skip
+
 FUSED = "qkv", ("query", "key", "value")  # by their first spellings: one matrix, and the three that it holds
 
 # Words, by their first spellings, of which one is never another, whatever is missing beside them.
