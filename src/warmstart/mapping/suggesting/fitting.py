@@ -39,8 +39,11 @@ def fitted(
     by_entry = {name: layer for layer in b.layers for name, _ in layer.tensors.values()}
     by_key = {name: layer for layer in a.layers for name, _ in layer.tensors.values()}
     for entry, key in known.items():
-        if key in by_key and entry in by_entry:
-            fit.settle(by_key[key], by_entry[entry])
+        x, y = by_key.get(key), by_entry.get(entry)
+        if x is not None and y is not None:
+            fit.settle(x, y)
+        else:  # a bias went to a module that lacks its weight: so does the layer
+            fit.gone.update(layer for layer in (x, y) if layer is not None)
     fit.spread()
     out = {}
     for x, y in fit.trusted(lexicon):
@@ -52,16 +55,21 @@ def fitted(
 
 @dataclass(slots=True)
 class _Fit:
-    """Layers of the checkpoint and where they go."""
+    """Layers of the checkpoint and where they go.
+
+    Attributes:
+        gone: Layers of either side that names put where the other has none.
+    """
 
     a: Tree
     b: Tree
     images: dict[Layer, Layer] = field(default_factory=dict)
     origins: dict[Layer, Layer] = field(default_factory=dict)
+    gone: set[Layer] = field(default_factory=set)
 
     def settle(self, x: Layer, y: Layer) -> bool:
         """Whether two unsettled layers are a pair now: not where the maps that they follow, or are followed by, differ."""
-        if x in self.images or y in self.origins or x.shape != y.shape:
+        if x in self.images or y in self.origins or x.shape != y.shape or not self.gone.isdisjoint((x, y)):
             return False
         before, after = self.a.partner.get(x), self.b.partner.get(y)
         if (before is None) != (after is None):

@@ -102,19 +102,22 @@ def _numbers_agree(keys: Side, key: Template, start: int, entries: Side, entry: 
     """Whether numbers count from the same start: `conv1` of `conv1..3` is not `convs.1` of `convs.0..2`."""
     both = list(zip(_numbers(key.path, start), _numbers(entry.path, other), strict=False))
     return all(
-        _count_alike(keys.families[x.row], entries.families[y.row], key.path == entry.path)
+        _count_alike(keys, x, entries, y, key.path == entry.path)
         if x.segment == y.segment
         else x.number == y.number and min(keys.families[x.row]) == min(entries.families[y.row])
         for x, y in both
     ) and not any(_spread_apart(keys, x, entries, y) for x, y in both)
 
 
-def _count_alike(a: set[int], b: set[int], same_path: bool) -> bool:
+def _count_alike(keys: Side, x: _Number, entries: Side, y: _Number, same_path: bool) -> bool:
     """Whether a number of two rows may be one: `norm1` of `norm0..1` is not that of `norm1..2`.
 
     Under one path a row of which the other side has only some starts where these do.
     """
-    return min(a) == min(b) or (same_path and (a <= b or b <= a))
+    a, b = keys.families[x.row], entries.families[y.row]
+    if same_path and (a <= b or b <= a):
+        return True
+    return min(a) == min(b) and keys.first(*x.row) == entries.first(*y.row)
 
 
 def spread_apart(keys: Side, key: Path, entries: Side, entry: Path) -> bool:

@@ -46,7 +46,9 @@ class PlaceWords:
             for word in lexicon.content(segment):
                 if word.isdecimal() and number is not None:
                     row = self.sides[side].families[item.path[:depth], stem]
-                    word = f"{word} of {min(row)}-{max(row)}"
+                    first = self.sides[side].first(item.path[:depth], stem)
+                    word += f" from {first}" if first != min(row) else ""
+                    word += f" of {min(row)}-{max(row)}"
                 if word != INDEX:
                     out.add(word)
         return frozenset(out)
@@ -121,8 +123,9 @@ class PlaceWords:
 
     def turn(self, item: Item, phrase: Phrase) -> tuple[int, ...]:
         """Which place of a row the words of an item name, or those of its last segment; nothing if none."""
-        last = frozenset(self.sides[0].lexicon.content(item.path[-1]))
-        return turn_of(self.told(item), phrase.rows) or turn_of(self._beside.get(item, last), phrase.rows)
+        above, last = ([], *(self.sides[0].lexicon.content(segment) for segment in item.path))[-2:]
+        own = frozenset((*above, *last) if last == ("norm",) else last)  # `embedding.norm`
+        return turn_of(self.told(item), phrase.rows) or turn_of(self._beside.get(item, own), phrase.rows)
 
 
 def telling(phrase: Phrase, items: Iterable[Item]) -> bool:

@@ -30,6 +30,7 @@ class Side:
     families: dict[tuple[Path, str], set[int]] = field(default_factory=lambda: defaultdict(set))
     children: Children = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
     saying: dict[str, list[Template]] = field(default_factory=lambda: defaultdict(list))
+    starts: dict[Path, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     def __post_init__(self) -> None:
         for template in self.templates:
@@ -46,8 +47,16 @@ class Side:
                     self.families[template.path[:depth], stem].add(number)
             self.paths.update(template.path[:i] for i in range(len(template.path) + 1))
             self.tails[template] = list(_tails(template.path, self.lexicon))
+        for (parent, stem), numbers in self.families.items():
+            if stem and len(numbers) > 1 and (item := item_around(parent)):
+                self.starts[item].add(min(numbers))
         self.parents.update(path[-1] for path in self.paths if path)
         self.readings = {self._reading(path) for path in self.paths}
+
+    def first(self, parent: Path, stem: str) -> int:
+        """The number from which a row counts; of a row of one, which may have lost its first, those beside it in a layer."""
+        row, beside = self.families[parent, stem], self.starts.get(item_around(parent), set())
+        return min(beside) if len(row) == len(beside) == 1 else min(row)
 
     def _reading(self, path: Path) -> tuple[Bag, ...]:
         return tuple(self.lexicon.content(segment) for segment in path)
@@ -64,6 +73,11 @@ class Side:
             t.path[: len(place)] == place and any(indices[:lists] in there for indices in t.names)
             for t in self.saying.get(word, ())
         )
+
+
+def item_around(path: Path) -> Path:
+    """The list item that a path lies in."""
+    return path[: max((i + 1 for i in index_positions(path)), default=0)]
 
 
 def _tails(path: Path, lexicon: Lexicon) -> Iterator[Bag]:

@@ -142,8 +142,11 @@ APART = (
 
 
 def apart(a: Iterable[str], b: Iterable[str]) -> bool:
-    """Whether words of two names are among those that are never each other."""
+    """Whether words of two names are among those that are never each other; nor are two initials, as `H` and `L`."""
     a, b = frozenset(a), frozenset(b)
+    initials = [{word for word in words if len(word) == 1 and word.isalpha()} for words in (a, b)]
+    if all(initials) and initials[0].isdisjoint(initials[1]):
+        return True
     return any(words & a and words & b and not words & a & b for words in APART)
 
 
