@@ -11,7 +11,7 @@ from enum import IntEnum
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import Item, fit
 from warmstart.mapping.suggesting.matching import order_agrees, spread_apart
-from warmstart.mapping.suggesting.place_words import Modules, PlaceWords, telling, turn_of
+from warmstart.mapping.suggesting.place_words import Modules, PlaceWords, turn_of
 from warmstart.mapping.suggesting.side import Side
 from warmstart.mapping.suggesting.templates import Path, Place, numbered
 from warmstart.mapping.suggesting.vocabulary import Phrase
@@ -158,7 +158,7 @@ class Linker:
     def _by_phrase(self, place: Place, words: PlaceWords, xs: list[Item], ys: list[Item]) -> Iterator[Link]:
         said = [words.told(x) for x in xs], [words.told(y) for y in ys]
         for phrase in self.phrases:
-            if not telling(phrase, (*xs, *ys)):
+            if not words.telling(phrase, xs, ys):
                 continue
             turns = [[turn_of(w, phrase.rows) for w in side] for side in said]
             if all(sorted(t or (9,) for t in side) == [(0,), (1,)] for side in turns):

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from warmstart.mapping.suggesting.branches import way_back
 from warmstart.mapping.suggesting.items import Item
-from warmstart.mapping.suggesting.side import Side
+from warmstart.mapping.suggesting.side import Bag, Side
 from warmstart.mapping.suggesting.templates import Path, Place, index_positions, numbered
 from warmstart.mapping.suggesting.vocabulary import BESIDE, Phrase
 from warmstart.mapping.suggesting.words import INDEX
@@ -92,7 +92,7 @@ class PlaceWords:
         if all(counts) and counts[0] != counts[1]:
             return False
         told = self.told(x), self.told(y)
-        rows = [(turn_of(told[0], p.rows), turn_of(told[1], p.rows)) for p in self.phrases if telling(p, (x, y))]
+        rows = [(turn_of(told[0], p.rows), turn_of(told[1], p.rows)) for p in self.phrases if self.telling(p, (x,), (y,))]
         return any(a and a == b for a, b in rows)
 
     def _go_back(self, x: Item, y: Item) -> bool:
@@ -113,6 +113,13 @@ class PlaceWords:
             return True
         return self.contradicts(x, y, tells=True)
 
+    def telling(self, phrase: Phrase, xs: Iterable[Item], ys: Iterable[Item]) -> bool:
+        """Whether a phrase is evidence for pairs: the ends of a stack are in no block, and a block's two norms are two."""
+        if not phrase.tells or (phrase.of_stack and any(index_positions(item.path) for item in (*xs, *ys))):
+            return False
+        here, there = ({n for i in items for n in _norms(i, side)} for items, side in zip((xs, ys), self.sides, strict=True))
+        return not phrase.of_two or max(len(here - there), len(there - here)) <= 2
+
     def contradicts(self, x: Item, y: Item, *, tells: bool) -> bool:
         """Whether the vocabulary says that the two stand at different places of a row."""
         turns = (self._turns(x, y, p) for p in self.phrases if p.tells is tells)
@@ -128,9 +135,10 @@ class PlaceWords:
         return turn_of(self.told(item), phrase.rows) or turn_of(self._beside.get(item, own), phrase.rows)
 
 
-def telling(phrase: Phrase, items: Iterable[Item]) -> bool:
-    """Whether a phrase is evidence for pairs of items: the ends of a stack are in no block of it."""
-    return phrase.tells and not (phrase.of_stack and any(index_positions(item.path) for item in items))
+def _norms(item: Item, side: Side) -> set[Bag]:
+    """The names of an item and of the norms beside it."""
+    names = (side.lexicon.content(segment) for segment in side.children[item.path[:-1]])
+    return {tuple(sorted(name)) for name in names if "norm" in name}
 
 
 @lru_cache(maxsize=1 << 14)

@@ -158,6 +158,7 @@ class Phrase:
         rows: Each row names the same places, in order, as one family of codebases does.
         tells: Whether the names are evidence for the pairs; else they only speak against the others.
         of_stack: Whether it is the ends of a stack that they name, which in a block of it are evidence for nothing.
+        of_two: Whether there are two norms: where a third stands beside them, the names of two do not say which.
     """
 
     rows: tuple[tuple[str, ...], ...]
@@ -165,6 +166,7 @@ class Phrase:
     source: str
     tells: bool = True
     of_stack: bool = False
+    of_two: bool = False
 
 
 # A norm that stands at another place where it has only one other beside it: (name, the other, what it is read as in a row).
@@ -185,6 +187,7 @@ PHRASES = (
         ),
         "the two norms of a pre-norm block: before attention, and between attention and MLP",
         "transformers Llama; Meta's llama; fairseq; timm and CLIP; transformers BEiT",
+        of_two=True,
     ),
     Phrase(
         (
@@ -198,6 +201,7 @@ PHRASES = (
         ),
         "the two norms of a post-norm block: after attention, and after the MLP",
         "transformers' ports of NomicBert, GTE and Jina; fairseq RoBERTa; BERT; DistilBert",
+        of_two=True,
     ),
     Phrase(
         (
