@@ -172,7 +172,7 @@ def _lacks(path: Path, side: Side) -> bool:
             )
             if any(after - before > 1 for before, after in pairwise(row)):
                 return True
-    return False
+    return side.counts_short(path)
 
 
 def _is_layer(path: Path, side: Side) -> bool:

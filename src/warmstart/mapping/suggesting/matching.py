@@ -254,6 +254,8 @@ def _both_own(place: Place, keys: Side, entries: Side) -> bool:
         return False
     if keys.lexicon.vocabulary and apart(*(words_of(path, keys.lexicon) for path in place)):
         return True
+    if keys.counts_short(key) or entries.counts_short(entry):
+        return True
     left = next(i for i in range(len(key) + 1) if key[i : i + len(a)] == a)
     other = next(i for i in range(len(entry) + 1) if entry[i : i + len(b)] == b)
     return entries.reads((*entry[:other], *a)) or keys.reads((*key[:left], *b))

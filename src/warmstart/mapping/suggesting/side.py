@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from warmstart.mapping.suggesting.indices import Children
 from warmstart.mapping.suggesting.items import Item
 from warmstart.mapping.suggesting.templates import Path, Template, index_positions, numbered
+from warmstart.mapping.suggesting.vocabulary import ORDINALS
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 Bag = tuple[str, ...]
+_ORDINALS = frozenset(ORDINALS)
 
 
 @dataclass(slots=True)
@@ -57,6 +59,17 @@ class Side:
         """The number from which a row counts; of a row of one, which may have lost its first, those beside it in a layer."""
         row, beside = self.families[parent, stem], self.starts.get(item_around(parent), set())
         return min(beside) if len(row) == len(beside) == 1 else min(row)
+
+    def counts_short(self, path: Path) -> bool:
+        """Whether a name on a path counts in words, and others of its row are missing: `first` where there is no `second`."""
+        for depth, segment in enumerate(path):
+            if not _ORDINALS.isdisjoint(words := set(self.lexicon.segment(segment))):
+                rest = words - _ORDINALS
+                row = [set(self.lexicon.segment(other)) for other in self.children[path[:depth]]]
+                there = {word for other in row for word in other & _ORDINALS if other - _ORDINALS == rest}
+                if len(there) == 1 or there != set(ORDINALS[: len(there)]):
+                    return True
+        return False
 
     def _reading(self, path: Path) -> tuple[Bag, ...]:
         return tuple(self.lexicon.content(segment) for segment in path)

@@ -129,6 +129,8 @@ WAYS_BACK = frozenset(
     )
 )  # fmt: skip
 
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")  # `first_sub_layer` (NeMo's decoders)
+
 FUSED = "qkv", ("query", "key", "value")  # by their first spellings: one matrix, and the three that it holds
 
 # Words, by their first spellings, of which one is never another, whatever is missing beside them.
