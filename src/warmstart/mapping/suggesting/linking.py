@@ -133,6 +133,12 @@ class Linker:
             rivals = [s for node in (x, y) for s, other in best[node] if other is not x and other is not y]
             if rivals and max(rivals) > score - _MARGIN:
                 continue
+            shared = words.said(x) & words.said(y)
+            if score < 1 and all(
+                any(words.said(node) & words.said(other) >= shared for _, other in best[node] if other not in (x, y))
+                for node in (x, y)
+            ):
+                continue
             yield self._link(place, words, x, y)
 
     def by_shapes(self, place: Place) -> Iterator[Link]:
