@@ -203,18 +203,16 @@ def _apart(side: list[Template], known: set[Template], added: list[Template]) ->
 def _add(
     found: Inference, two: list[tuple[Template, Template]], lists: tuple[ListSets, ListSets], link: Link | None
 ) -> None:
-    for key, entry in two:
-        offsets = _offsets(key, entry, lists)
-        if link is None and offsets is not None:
-            found.sure.append(Match(key, entry, offsets))
     if link is not None:
         matches = tuple(Match(k, e, _offsets(k, e, lists) or _unshifted(k)) for k, e in two)
         found.guesses.append(Guess((matches,), _WHY[link.evidence], _why_not(link)))
-    else:
-        loose = [(k, e) for k, e in two if _offsets(k, e, lists) is None]
-        readings = tuple(tuple(Match(k, e, by) for k, e in loose) for by in _shifts(loose))
-        if readings:
-            found.guesses.append(Guess(readings, "the names", "the two lists start at different numbers, with gaps"))
+        return
+    offsets = [_offsets(key, entry, lists) for key, entry in two]
+    found.sure += [Match(k, e, by) for (k, e), by in zip(two, offsets, strict=True) if by is not None]
+    loose = [both for both, by in zip(two, offsets, strict=True) if by is None]
+    readings = tuple(tuple(Match(k, e, by) for k, e in loose) for by in _shifts(loose))
+    if readings:
+        found.guesses.append(Guess(readings, "the names", "the two lists start at different numbers, with gaps"))
 
 
 def _offsets(key: Template, entry: Template, lists: tuple[ListSets, ListSets]) -> tuple[int, ...] | None:

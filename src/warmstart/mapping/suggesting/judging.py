@@ -12,9 +12,9 @@ from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
 from warmstart.mapping.suggesting.matching import Candidate, Pairing, own_partner
 from warmstart.mapping.suggesting.siblings import Siblings
-from warmstart.mapping.suggesting.side import Side
+from warmstart.mapping.suggesting.side import Side, item_around
 from warmstart.mapping.suggesting.spelling import spelled_alike
-from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions, numbered
+from warmstart.mapping.suggesting.templates import Path, Place, Template, numbered
 from warmstart.mapping.suggesting.vocabulary import FUSED, apart
 
 _MISSING = 0.03  # share of one side's templates without a partner up to which the other is taken to have them all
@@ -82,8 +82,8 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
             for places, together in link.rows.items()
         )
         a, b = _unexplained(link, keys, entries)
-        known_there = any(entries.says(_around(link.entry.path, link.place[1]), w, link.entry) for w in a)
-        known_here = any(keys.says(_around(link.key.path, link.place[0]), w, link.key) for w in b)
+        known_there = any(_said_around(link.entry, link.place[1], w, entries) for w in a)
+        known_here = any(_said_around(link.key, link.place[0], w, keys) for w in b)
         known = (
             known_there
             or known_here
@@ -109,10 +109,10 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
     return sure
 
 
-def _around(path: Path, place: Path) -> Path:
-    """The list item that a tensor stands in, or the place where it was looked for, whichever is the narrower."""
-    depth = max((i + 1 for i in index_positions(path[:-1])), default=0)
-    return path[: max(depth, len(place))]
+def _said_around(item: Item, place: Path, word: str, side: Side) -> bool:
+    """Whether a tensor says a word in the list item of another, or where that was looked for, the narrower of the two."""
+    around = max(item_around(item.path[:-1]), place, key=len)
+    return any(True for _ in side.beside(around, word, item))
 
 
 def _unexplained(link: Link, keys: Side, entries: Side) -> Extra:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.siblings import corresponding
-from warmstart.mapping.suggesting.side import Bag, Side, bag
+from warmstart.mapping.suggesting.side import Bag, Side, bag, item_around
 from warmstart.mapping.suggesting.templates import Path, Place, Template, index_positions
 
 _LEAST = 3  # tensors of unlike shapes by which a module is known again
@@ -55,16 +55,13 @@ def _between(x: _Mark, y: _Mark, side: Side) -> bool:
 def _marks(side: Side) -> Mapping[Bag, _Mark]:
     out = {}
     for path in _named_once(side):
-        lists = index_positions(path[:-1])
-        if not lists:
-            continue
-        around = path[: lists[-1] + 1]
-        inside = [t for t in side.saying[side.lexicon.content(path[-1])[0]] if t.path[: len(path)] == path]
-        items = frozenset(indices[: len(lists)] for template in inside for indices in template.names)
-        shapes = {template.shape for template in inside}
-        if len(shapes) >= _LEAST and _is_scattered(items):
+        name, around = side.lexicon.content(path[-1]), item_around(path)
+        inside = side.saying[name[0]]
+        lists = len(index_positions(around))
+        items = frozenset(indices[:lists] for template in inside for indices in template.names)
+        if around and len({template.shape for template in inside}) >= _LEAST and _is_scattered(items):
             tensors = Counter((template.shape, frozenset(template.names)) for template in inside)
-            out[side.lexicon.content(path[-1])] = _Mark(path, around, items, tensors)
+            out[name] = _Mark(path, around, items, tensors)
     return out
 
 
@@ -77,7 +74,7 @@ def _named_once(side: Side) -> list[Path]:
     return [
         path
         for name, (path, *others) in by_name.items()
-        if not others and all(t.path[: len(path)] == path for word in name for t in side.saying[word])
+        if name and not others and all(t.path[: len(path)] == path for word in name for t in side.saying[word])
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -138,7 +138,7 @@ class Linker:
                 any(words.said(node) & words.said(other) >= shared for _, other in best[node] if other not in (x, y))
                 for node in (x, y)
             ):
-                continue
+                continue  # both have others that share as much: only what they say more would tell
             yield self._link(place, words, x, y)
 
     def by_shapes(self, place: Place) -> Iterator[Link]:
@@ -147,11 +147,7 @@ class Linker:
         if not a or not b:
             return
         words = self._words(place, a, b)
-        groups: dict[frozenset[tuple[Shape, int]], tuple[list[Item], list[Item]]] = defaultdict(lambda: ([], []))
-        for side, items in enumerate((a, b)):
-            for item in items:
-                groups[frozenset(item.shapes.items())][side].append(item)
-        for xs, ys in groups.values():
+        for xs, ys in _by_shapes(a, b):
             if len(xs) == len(ys) == 1 and fit(xs[0], ys[0]) and not words.vetoed(xs[0], ys[0]):
                 yield self._link(place, words, xs[0], ys[0])
             elif len(xs) == len(ys) == 2:
@@ -211,12 +207,7 @@ class Linker:
         return Link(x, y, place, evidence, extra, a & b, words.contradicts(x, y, tells=False))
 
     def twins(self, place: Place) -> Iterator[Twins]:
-        a, b = self._below(place)
-        groups: dict[frozenset[tuple[Shape, int]], tuple[list[Item], list[Item]]] = defaultdict(lambda: ([], []))
-        for side, items in enumerate((a, b)):
-            for item in items:
-                groups[frozenset(item.shapes.items())][side].append(item)
-        for xs, ys in groups.values():
+        for xs, ys in _by_shapes(*self._below(place)):
             if 1 < len(xs) == len(ys) <= _TWINS:
                 self.keys_left.difference_update(xs)
                 self.entries_left.difference_update(ys)
@@ -230,6 +221,15 @@ class Linker:
                 ordered = tuple(ys[turns[1].index(turn)] for turn in turns[0])
                 return Twins(tuple(xs), ordered, f"the more usual of two readings ({phrase.source})")
         return Twins(tuple(xs), tuple(ys))
+
+
+def _by_shapes(a: Iterable[Item], b: Iterable[Item]) -> Iterable[tuple[list[Item], list[Item]]]:
+    """Items of both sides that have the same shapes."""
+    groups: dict[frozenset[tuple[Shape, int]], tuple[list[Item], list[Item]]] = defaultdict(lambda: ([], []))
+    for side, items in enumerate((a, b)):
+        for item in items:
+            groups[frozenset(item.shapes.items())][side].append(item)
+    return groups.values()
 
 
 def _begins(a: str, b: str) -> bool:

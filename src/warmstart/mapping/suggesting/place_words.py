@@ -92,7 +92,9 @@ class PlaceWords:
         if all(counts) and counts[0] != counts[1]:
             return False
         told = self.told(x), self.told(y)
-        rows = [(turn_of(told[0], p.rows), turn_of(told[1], p.rows)) for p in self.phrases if self.telling(p, (x,), (y,))]
+        rows = [
+            (turn_of(told[0], p.rows), turn_of(told[1], p.rows)) for p in self.phrases if self.telling(p, (x,), (y,))
+        ]
         return any(a and a == b for a, b in rows)
 
     def _go_back(self, x: Item, y: Item) -> bool:
@@ -117,7 +119,9 @@ class PlaceWords:
         """Whether a phrase is evidence for pairs: the ends of a stack are in no block, and a block's two norms are two."""
         if not phrase.tells or (phrase.of_stack and any(index_positions(item.path) for item in (*xs, *ys))):
             return False
-        here, there = ({n for i in items for n in _norms(i, side)} for items, side in zip((xs, ys), self.sides, strict=True))
+        here, there = (
+            {n for i in items for n in _norms(i, side)} for items, side in zip((xs, ys), self.sides, strict=True)
+        )
         return not phrase.of_two or max(len(here - there), len(there - here)) <= 2
 
     def contradicts(self, x: Item, y: Item, *, tells: bool) -> bool:

@@ -78,14 +78,13 @@ class Side:
         """Whether there is a node of a path's words: `enc` where `encoder` is."""
         return self._reading(path) in self.readings
 
-    def says(self, place: Path, word: str, item: Item) -> bool:
-        """Whether another tensor below a place says a word, in the same items of lists as one does."""
+    def beside(self, place: Path, word: str, item: Item) -> Iterator[Template]:
+        """The tensors below a place that say a word, in the same items of lists as another does."""
         lists = len(index_positions(place))
         there = {indices[:lists] for t in item.tensors.values() for indices in t.names}
-        return any(
-            t.path[: len(place)] == place and any(indices[:lists] in there for indices in t.names)
-            for t in self.saying.get(word, ())
-        )
+        for template in self.saying.get(word, ()):
+            if template.path[: len(place)] == place and any(indices[:lists] in there for indices in template.names):
+                yield template
 
 
 def item_around(path: Path) -> Path:
