@@ -67,7 +67,10 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
         )
         if link.evidence == Evidence.WORDS or (
             not owned
-            and (link.evidence >= Evidence.PHRASE or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT))
+            and (
+                (link.evidence >= Evidence.PHRASE and not _is_other_norm(link, siblings))
+                or (some and not (a and b) and len(affixes[link.extra]) >= _SUPPORT)
+            )
         ):
             sure.add(link)
             continue
@@ -107,6 +110,12 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
         ) and not crossed[link.key.path[:-1], link.entry.path[:-1]]:
             sure.add(link)
     return sure
+
+
+def _is_other_norm(link: Link, siblings: Siblings) -> bool:
+    """Whether one norm's name is the other's and a word more, where names are kept: `post_ffn_norm` is not `ffn_norm`."""
+    more = "norm" in link.shared and bool(link.extra[0]) != bool(link.extra[1])
+    return more and siblings.keep_names(link.key.path, link.entry.path)
 
 
 def _said_around(item: Item, place: Path, word: str, side: Side) -> bool:

@@ -63,6 +63,7 @@ def candidates(keys: Side, entries: Side) -> dict[Template, list[Candidate]]:
                     _numbers_agree(keys, key, start, entries, entry, other)
                     and order_agrees(keys, key.path[start:], entries, entry.path[other:])
                     and not own_partner(keys, key.path, entries, entry.path, place)
+                    and not _own_module(keys, key.path, entries, entry.path, place)
                 ):
                     rank = _rank(key.path[start:], entry.path[other:], keys.lexicon)
                     best[entry] = Candidate(key, entry, place, words, rank)
@@ -98,15 +99,30 @@ def own_partner(keys: Side, key: Path, entries: Side, entry: Path, place: Place)
     return a != b and ((*place[1], *a) in entries.paths or (*place[0], *b) in keys.paths)
 
 
+def _own_module(keys: Side, key: Path, entries: Side, entry: Path, place: Place) -> bool:
+    """Whether a module of another spelling has its own partner: `block.1` is not `proj.1`, which say the same, of both."""
+    a, b = key[len(place[0]) :], entry[len(place[1]) :]
+    unlike = [turn for turn, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
+    if len(a) != len(b) or len(unlike) != 1:
+        return False
+    end = unlike[0] + 1
+    return (*place[1], *a[:end]) in entries.paths or (*place[0], *b[:end]) in keys.paths
+
+
 def _numbers_agree(keys: Side, key: Template, start: int, entries: Side, entry: Template, other: int) -> bool:
     """Whether numbers count from the same start: `conv1` of `conv1..3` is not `convs.1` of `convs.0..2`."""
     both = list(zip(_numbers(key.path, start), _numbers(entry.path, other), strict=False))
     return all(
         _count_alike(keys, x, entries, y, key.path == entry.path)
         if x.segment == y.segment
-        else x.number == y.number and min(keys.families[x.row]) == min(entries.families[y.row])
+        else x.number == y.number and _rows_alike(keys.families[x.row], entries.families[y.row])
         for x, y in both
     ) and not any(_spread_apart(keys, x, entries, y) for x, y in both)
+
+
+def _rows_alike(a: set[int], b: set[int]) -> bool:
+    """Whether rows of other names count from the same start, which one that may have lost its first does not say."""
+    return min(a) == min(b) and min(len(a), len(b)) > 1
 
 
 def _count_alike(keys: Side, x: _Number, entries: Side, y: _Number, same_path: bool) -> bool:

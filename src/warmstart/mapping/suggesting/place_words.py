@@ -122,7 +122,8 @@ class PlaceWords:
         here, there = (
             {n for i in items for n in _norms(i, side)} for items, side in zip((xs, ys), self.sides, strict=True)
         )
-        return not phrase.of_two or max(len(here - there), len(there - here)) <= 2
+        kept = here & there if self._beside.keys().isdisjoint((*xs, *ys)) else set()
+        return not phrase.of_two or max(len(here - kept), len(there - kept)) <= 2
 
     def contradicts(self, x: Item, y: Item, *, tells: bool) -> bool:
         """Whether the vocabulary says that the two stand at different places of a row."""

@@ -55,7 +55,7 @@ def reshapings(found: Inference, rules: Mapping[str, str], *, vocabulary: bool =
     renamer, lexicon = Renamer([rules]), Lexicon(vocabulary)
     a = _by_words((_Side(_renamed(t, renamer), t) for t in keys), lexicon)
     b = _by_words((_Side(t.spelled, t) for t in entries), lexicon)
-    return [*_transposed(a, b), *_stacked(a, b), *_unstacked(a, b), *_split(a, b), *_joined(a, b)]
+    return [*_transposed(a, b, lexicon), *_stacked(a, b), *_unstacked(a, b), *_split(a, b), *_joined(a, b)]
 
 
 def _renamed(template: Template, renamer: Renamer) -> Path:
@@ -75,9 +75,12 @@ def _renamed(template: Template, renamer: Renamer) -> Path:
 def _by_words(sides: Iterable[_Side], lexicon: Lexicon) -> dict[Words, list[_Side]]:
     out: dict[Words, list[_Side]] = defaultdict(list)
     for side in sides:
-        words = Counter(word for segment in side.path for word in lexicon.content(segment) if word != "weight")
-        out[frozenset(words.items())].append(side)
+        out[frozenset(Counter(_words(side.path, lexicon)).items())].append(side)
     return out
+
+
+def _words(path: Path, lexicon: Lexicon) -> list[str]:
+    return [word for segment in path for word in lexicon.content(segment) if word != "weight"]
 
 
 def _instead(words: Words, *, less: str, more: str = "") -> Words:
@@ -97,11 +100,16 @@ def _pairs(a: Mapping[Words, list[_Side]], b: Mapping[Words, list[_Side]], less:
                 yield sides[0], there[0]
 
 
-def _transposed(a: Mapping[Words, list[_Side]], b: Mapping[Words, list[_Side]]) -> Iterator[Reshaping]:
+def _transposed(
+    a: Mapping[Words, list[_Side]], b: Mapping[Words, list[_Side]], lexicon: Lexicon
+) -> Iterator[Reshaping]:
+    """Pairs of the same words in the same order: `dense_h_to_4h` is not `dense_4h_to_h`."""
     named = {side.path: side for sides in b.values() for side in sides}
     same = [(key, named[key.path]) for sides in a.values() for key in sides if key.path in named]
     met = {side.path for two in same for side in two}
-    for key, entry in [*same, *(two for two in _pairs(a, b, "") if not met & {side.path for side in two})]:
+    others = [two for two in _pairs(a, b, "") if not met & {side.path for side in two}]
+    ordered = [two for two in others if _words(two[0].path, lexicon) == _words(two[1].path, lexicon)]
+    for key, entry in [*same, *ordered]:
         shape = key.template.shape
         if len(shape) == 2 and shape != shape[::-1] == entry.template.shape and key.names.keys() == entry.names.keys():
             mapping = {name: (key.names[indices],) for indices, name in entry.names.items()}
