@@ -53,7 +53,8 @@ def structure(keys: Side, entries: Side, pairing: Pairing) -> Structure:
 
 
 def _modules(pairs: Mapping[Template, Candidate]) -> tuple[dict[Path, Path], dict[Path, Path]]:
-    layers = [(c.key.path[:-1], c.entry.path[:-1]) for c in pairs.values() if c.key.path[-1] in LEAVES]
+    both = [(c.key.path, c.entry.path) for c in pairs.values()]
+    layers = [(key[:-1], entry[:-1]) for key, entry in both if key[-1] in LEAVES and entry[-1] in LEAVES]
     return dict(layers), {b: a for a, b in layers}
 
 
@@ -68,4 +69,4 @@ def _places(pairing: Pairing, keys: Side, entries: Side) -> list[Place]:
         most = max(images.values())
         places += [(node, image) for image, count in images.items() if count == most]
     places.append(((), ()))
-    return sorted(set(places), key=lambda place: (-len(place[0]), -len(place[1]), place))
+    return sorted(set(places), key=lambda place: (-len(place[0]) - len(place[1]), place))
