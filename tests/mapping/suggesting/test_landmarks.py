@@ -76,7 +76,7 @@ def test_a_name_that_stands_elsewhere_as_well_is_no_landmark(suggest):
 
 
 def test_between_other_words_on_each_side_it_is_another(suggest):
-    keys, entries, truth = sides((1, 4, 6), (1, 4, 6))
+    keys, entries, _ = sides((1, 4, 6), (1, 4, 6))
     keys = {key.replace("attn.indexer", "attn.decoder.indexer"): shape for key, shape in keys.items()}
     entries = {entry.replace("compressor.indexer", "encoder.indexer"): shape for entry, shape in entries.items()}
     assert not [entry for entry in found(suggest(keys, entries)) if "q_b_proj" in entry]

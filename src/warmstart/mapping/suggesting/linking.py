@@ -194,13 +194,13 @@ class Linker:
         extra = a - b, b - a
         if spread_apart(self.keys, x.path, self.entries, y.path):
             evidence = Evidence.ELIMINATION
-        elif a and a == b and order_agrees(self.keys, x.path, self.entries, y.path):
+        elif a == b and any(map(_is_word, a)) and order_agrees(self.keys, x.path, self.entries, y.path):
             evidence = Evidence.WORDS
         elif numbers:
             evidence = Evidence.NUMBERS
         elif phrase or words.sameturn_of(x, y):
             evidence = Evidence.PHRASE
-        elif any(not w[0].isdecimal() for w in a & b):
+        elif any(map(_is_word, a & b)):
             evidence = Evidence.SOME_WORDS
         else:
             evidence = Evidence.SHAPES
@@ -230,6 +230,10 @@ def _by_shapes(a: Iterable[Item], b: Iterable[Item]) -> Iterable[tuple[list[Item
         for item in items:
             groups[frozenset(item.shapes.items())][side].append(item)
     return groups.values()
+
+
+def _is_word(word: str) -> bool:
+    return not word[0].isdecimal()
 
 
 def _begins(a: str, b: str) -> bool:

@@ -63,7 +63,7 @@ def candidates(keys: Side, entries: Side) -> dict[Template, list[Candidate]]:
                     _numbers_agree(keys, key, start, entries, entry, other)
                     and order_agrees(keys, key.path[start:], entries, entry.path[other:])
                     and not own_partner(keys, key.path, entries, entry.path, place)
-                    and not _own_module(keys, key.path, entries, entry.path, place)
+                    and not _own_module(keys, key.path[start:], entries, entry.path[other:], place)
                 ):
                     rank = _rank(key.path[start:], entry.path[other:], keys.lexicon)
                     best[entry] = Candidate(key, entry, place, words, rank)
@@ -100,13 +100,11 @@ def own_partner(keys: Side, key: Path, entries: Side, entry: Path, place: Place)
 
 
 def _own_module(keys: Side, key: Path, entries: Side, entry: Path, place: Place) -> bool:
-    """Whether a module of another spelling has its own partner: `block.1` is not `proj.1`, which say the same, of both."""
-    a, b = key[len(place[0]) :], entry[len(place[1]) :]
-    unlike = [turn for turn, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
-    if len(a) != len(b) or len(unlike) != 1:
-        return False
-    end = unlike[0] + 1
-    return (*place[1], *a[:end]) in entries.paths or (*place[0], *b[:end]) in keys.paths
+    """Whether a module in two tails of one length has its own partner: `block.1` is not `proj.1`, which say the same."""
+    return len(key) == len(entry) and any(
+        a != b and ((*place[1], *entry[:turn], a) in entries.paths or (*place[0], *key[:turn], b) in keys.paths)
+        for turn, (a, b) in enumerate(zip(key, entry, strict=True))
+    )
 
 
 def _numbers_agree(keys: Side, key: Template, start: int, entries: Side, entry: Template, other: int) -> bool:

@@ -1,0 +1,99 @@
+"""What is left when the true partners of two tensors are missing, one on each side: never taken for each other."""
+
+from __future__ import annotations
+
+import pytest
+
+from .conftest import layers
+
+D, F = 8, 32
+ATTENTION = {f"attn.{x}_proj.weight": (D, D) for x in "qkvo"}
+SUB_LAYER = {f"{x}_net.weight": (D, D) for x in ("query", "key", "value", "out")}
+CROSS = {f"encoder_attn.{x}_proj.weight": (D, D) for x in ("q", "k", "v", "out")}
+
+
+def named(before, parts):
+    return {f"{before}.{name}": shape for name, shape in parts.items()}
+
+
+CASES = {
+    # `norm1` of `norm0..1` is not that of `norm1..2`: what is beside it counts from 0 here and from 1 there
+    "a row of one": (
+        ATTENTION | {"mlp.fc0.weight": (F, D), "mlp.fc1.weight": (D, F), "norm1.weight": (D,)},
+        ATTENTION | {"mlp.fc1.weight": (F, D), "mlp.fc2.weight": (D, F), "norm1.weight": (D,)},
+        "norm1",
+    ),
+    # nor is `ff1`, of `ff0..1`, `fc1`
+    "a row of one beside others of another name": (
+        ATTENTION | {"mlp.ff1.weight": (D, D), "norm.weight": (D,)},
+        ATTENTION | {"mlp.fc1.weight": (D, D), "mlp.fc2.weight": (D, D), "norm.weight": (D,)},
+        "mlp",
+    ),
+    # a second sub-layer is missing, the first may be any
+    "a row that counts in words": (
+        named("first_sub_layer", SUB_LAYER) | {"third_sub_layer.dense_in.weight": (F, D), "norm.weight": (D,)},
+        CROSS | {"mlp.fc1.weight": (F, D), "norm.weight": (D,)},
+        "encoder_attn",
+    ),
+    # of self-attention, attention to another sequence and MLP, the norms of the last two
+    "three norms of a block": (
+        ATTENTION | CROSS | {f"{x}_layer_norm.weight": (D,) for x in ("self_attn", "encoder_attn", "final")},
+        ATTENTION | CROSS | {"layer_norm_1.weight": (D,), "layer_norm_2.weight": (D,)},
+        "layer_norm_2",
+    ),
+    "a norm whose name is another's and a word more": (
+        ATTENTION | {"operator_norm.weight": (D,), "post_operator_norm.weight": (D,), "post_ffn_norm.weight": (D,)},
+        ATTENTION | {"operator_norm.weight": (D,), "post_operator_norm.weight": (D,), "ffn_norm.weight": (D,)},
+        "ffn_norm",
+    ),
+    "modules that both sides have, whose names say only that they are": (
+        ATTENTION | {"proj.0.weight": (F, D), "proj.1.weight": (D,), "block.0.weight": (D, D), "block.1.bias": (D,)},
+        ATTENTION | {"proj.0.weight": (F, D), "proj.1.bias": (D,), "block.0.weight": (D, D), "block.1.weight": (D,)},
+        "bias",
+    ),
+    "words in another order, which a transposed matrix has too": (
+        ATTENTION | {"mlp.dense_h_to_4h.weight": (F, D), "norm.weight": (D,)},
+        ATTENTION | {"mlp.dense_4h_to_h.weight": (D, F), "norm.weight": (D,)},
+        "dense",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_two_that_are_left_are_not_each_other(suggest, case, swapped):
+    keys, entries, word = CASES[case]
+    sides = [layers(f"{row}.{{}}", parts, range(4)) for row, parts in (("layers", keys), ("blocks", entries))]
+    mapping = suggest(*(sides[::-1] if swapped else sides)).mapping
+    assert not [names for entry, (key,) in mapping.items() if word in (names := f"{entry} {key}")]
+    assert mapping
+
+
+def test_two_towers_named_by_initials_are_not_each_other(suggest):
+    parts = {"o_proj.weight": (D, D), "down_proj.weight": (D, F)}
+    keys = layers("H_module.layers.{}", named("attn", parts), range(4)) | {"embed.weight": (50, D)}
+    entries = layers("L_module.layers.{}", named("self_attn", parts), range(4)) | {"embed.weight": (50, D)}
+    assert set(suggest(keys, entries).mapping) == {"embed.weight"}
+
+
+def test_a_word_that_rivals_share_as_well_tells_nothing(suggest):
+    """Of a gated MLP: that `c_fc` and `ff_proj` say less than the others does not make them one."""
+    keys = layers("h.{}", ATTENTION | {"mlp.c_gate.weight": (F, D), "mlp.c_fc.weight": (F, D)}, range(4))
+    entries = layers("h.{}", ATTENTION | {"ffn.ff_proj.weight": (F, D), "ffn.up_ff.weight": (F, D)}, range(4))
+    assert not [entry for entry in suggest(keys, entries).mapping if ".ffn." in entry]
+
+
+def test_a_bare_norm_is_what_the_module_around_it_is_called(suggest):
+    """`_embedding.layer_norm` is the norm on embeddings, though the last one of the stack is called `norm`."""
+    block = ATTENTION | {"fc1.weight": (F, D), "fc2.weight": (D, F)}
+    keys = layers("transf_decoder._decoder.layers.{}", block, range(4)) | {
+        "transf_decoder._embedding.layer_norm.weight": (D,),
+        "transf_decoder._decoder.final_layer_norm.weight": (D,),
+    }
+    entries = layers("decoder.layers.{}", block, range(4)) | {
+        "decoder.embedding_layernorm.weight": (D,),
+        "decoder.norm.weight": (D,),
+    }
+    suggestion = suggest(keys, entries)
+    found = suggestion.mapping | {entry: key for p in suggestion.proposed for entry, key in p.mapping.items()}
+    assert found["decoder.embedding_layernorm.weight"] == ("transf_decoder._embedding.layer_norm.weight",)
