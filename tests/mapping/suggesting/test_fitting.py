@@ -215,3 +215,16 @@ def test_mobilenetv2_of_the_example(suggest):
     )
     assert sure(suggestion) == back
     assert {rule.removeprefix("^"): name for rule, name in suggestion.pretrained.rename.items()} == mobilenetv2.RENAMES
+
+
+@pytest.mark.parametrize("turn", range(8))
+def test_a_layer_goes_where_its_bias_went(suggest, turn):
+    """A map whose own partner has lost its weight is none for another of its shape."""
+    keys, entries = {}, {}
+    for level in range(8):
+        shape = (4 * (level + 1), 3 * (level + 2), 1, 1)
+        keys |= {f"neck.{level}.proj.weight": shape, f"neck.{level}.proj.bias": shape[:1]}
+    keys |= {"mask.final.bias": (4 * (turn + 1),)}
+    entries = dict(keys)
+    keys["mask.final.weight"] = keys.pop(f"neck.{turn}.proj.weight")
+    assert sure(suggest(keys, entries)) == {name: name for name in keys.keys() & entries.keys()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -77,12 +78,12 @@ class PlaceWords:
             return 0.0
         if self.sameturn_of(x, y):
             return 1.0
-        shared = sum(self._weight(w) for w in a & b)
-        total = sum(self._weight(w) for w in a) + sum(self._weight(w) for w in b)
-        return 2 * shared / total if total else 0.0
+        total = self._weight(a) + self._weight(b)
+        return 2 * self._weight(a & b) / total if total else 0.0
 
-    def _weight(self, word: str) -> float:
-        return 1 / max(1, self.counts[0][word], self.counts[1][word])
+    def _weight(self, words: Iterable[str]) -> float:
+        """Rounded once, so that the order of a set does not show: the same words are of a score of 1."""
+        return math.fsum(1 / max(1, self.counts[0][word], self.counts[1][word]) for word in words)
 
     def sameturn_of(self, x: Item, y: Item) -> bool:
         """Whether the vocabulary says that the two stand at the same place of one row, and their numbers count alike."""
