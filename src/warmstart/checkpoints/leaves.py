@@ -181,9 +181,10 @@ def check_extent(
         return f"it has {len(shape)} sizes but {len(stride)} strides"
     if len(shape) > MAX_DIMS:
         return f"it has {len(shape)} dimensions; at most {MAX_DIMS} are read"
-    if offset < 0 or any(size < 0 for size in shape) or any(step < 0 for step in stride):
+    numbers = (*shape, *stride, offset)
+    if min(numbers) < 0:
         return "a size, stride or offset is negative"
-    if any(number >= 1 << 62 for number in (*shape, *stride, offset)):
+    if max(numbers) >= 1 << 62:
         return "a size, stride or offset is beyond 2**62"
     need = (offset + extent(shape, stride)) * dtype.itemsize if 0 not in shape else 0
     if need > nbytes:
