@@ -69,7 +69,7 @@ def recorded(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     text = checkpoint.metadata.get(METADATA_KEY)
     if text is not None:
         return _from_text(text.encode("utf-8", "replace"), METADATA_KEY)
-    if found := _of_value((checkpoint.at_hand or checkpoint).callbacks):
+    if found := _of_value(checkpoint.callbacks):
         return found
     if not checkpoint.files:
         return []
