@@ -12,8 +12,9 @@ from warmstart.mapping.suggesting.words import Lexicon
 
 from .conftest import layers
 
-H, INNER = 8, 24
+H, INNER = 8, 32
 NORMS = {"norm1.weight": (H,), "norm2.weight": (H,)}
+QKV = {"attn.qkv.weight": (3 * H, H)}
 
 
 def branch_of(name, parts):
@@ -40,7 +41,23 @@ def branch_of(name, parts):
 )
 def test_the_way_back_is_told_by_its_shape(name, shape, branch):
     leaf = "" if name.endswith("_weight") else ".weight"
-    assert branch_of(name, NORMS | {f"{name}{leaf}": shape}) == branch
+    assert branch_of(name, NORMS | QKV | {f"{name}{leaf}": shape}) == branch
+
+
+@pytest.mark.parametrize(
+    ("parts", "branch"),
+    [
+        ({}, None),  # `c_fc` of GPT-2 and the first `dense` of Keras are stored so, and are the way in
+        ({"mlp.c_fc.bias": (H,)}, "mlp"),
+        ({"mlp.c_fc.bias": (INNER,)}, None),
+        ({"attn.qkv.weight": (3 * H, H)}, "mlp"),
+        ({"attn.c_attn.weight": (H, 3 * H), "attn.qkv.weight": (H, 3 * H)}, None),
+        ({"mlp.gate.weight": (INNER, H), "mlp.up.weight": (INNER, H)}, "mlp"),
+        ({"mlp.up.weight": (INNER, H)}, None),
+    ],
+)
+def test_a_name_that_is_elsewhere_the_way_in_needs_the_layout(parts, branch):
+    assert branch_of("mlp.c_fc", NORMS | {"mlp.c_fc.weight": (H, INNER)} | parts) == branch
 
 
 @pytest.mark.parametrize(
@@ -69,6 +86,17 @@ def test_a_gated_mlp_is_sure_of_the_way_back_alone(suggest, down):
     found = {entry: key for entry, (key,) in suggestion.mapping.items() if ".mlp." in entry}
     assert found == {f"blocks.{i}.mlp.down_proj.weight": f"blocks.{i}.mlp.{down}.weight" for i in range(4)}
     assert [len(p.rivals) for p in suggestion.proposed] == [1]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(("into", "back"), [("fc1", "fc2"), ("fc", "proj"), ("up_proj", "down_proj"), ("0", "2")])
+@pytest.mark.parametrize(("dense_in", "dense_out"), [("c_fc", "c_proj"), ("dense_2", "dense_3")])
+def test_a_way_in_that_is_stored_transposed_is_no_way_back(suggest, dense_in, dense_out, into, back, swapped):
+    norms = ATTENTION | {f"{norm}.{leaf}": (H,) for norm in ("norm1", "norm2") for leaf in ("weight", "bias")}
+    keys = norms | {f"mlp.{dense_in}.weight": (H, INNER), f"mlp.{dense_out}.weight": (INNER, H)}
+    entries = norms | {f"mlp.{into}.weight": (INNER, H), f"mlp.{back}.weight": (H, INNER)}
+    sides = layers("h.{}", keys, range(4)), layers("blocks.{}", entries, range(4))
+    assert not [entry for entry in suggest(*(sides[::-1] if swapped else sides)).mapping if ".mlp." in entry]
 
 
 def test_experts_are_not_the_shared_one(suggest):

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import Item, matched
+from warmstart.mapping.suggesting.layouts import either_layout
 from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
 from warmstart.mapping.suggesting.matching import Candidate, Pairing, own_partner
@@ -79,6 +80,8 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
         if _lacks(link.key.path, keys) or _lacks(link.entry.path, entries) or any(map(_lost, a | b)):
             continue
         if _around_numbers(link.key.path, link.place[0]) != _around_numbers(link.entry.path, link.place[1]):
+            continue
+        if either_layout(link.key, keys) or either_layout(link.entry, entries):
             continue
         row = any(
             len(rows[places]) > 1 and (together or not settled & {link.key.path[:-1], link.entry.path[:-1]})

@@ -64,6 +64,7 @@ def candidates(keys: Side, entries: Side) -> dict[Template, list[Candidate]]:
                     and order_agrees(keys, key.path[start:], entries, entry.path[other:])
                     and not own_partner(keys, key.path, entries, entry.path, place)
                     and not _own_module(keys, key.path[start:], entries, entry.path[other:], place)
+                    and not _other_bias(keys, key.path, entries, entry.path)
                 ):
                     rank = _rank(key.path[start:], entry.path[other:], keys.lexicon)
                     best[entry] = Candidate(key, entry, place, words, rank)
@@ -105,6 +106,14 @@ def _own_module(keys: Side, key: Path, entries: Side, entry: Path, place: Place)
         a != b and ((*place[1], *entry[:turn], a) in entries.paths or (*place[0], *key[:turn], b) in keys.paths)
         for turn, (a, b) in enumerate(zip(key, entry, strict=True))
     )
+
+
+def _other_bias(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
+    """Whether two layers have biases of other lengths: a map stored as (in, out) has the shape of the map back."""
+    here, there = (
+        {shape for _, shape in s.children[p[:-1]].get("bias", ())} for s, p in ((keys, key), (entries, entry))
+    )
+    return bool(here and there) and here.isdisjoint(there) and key[-1] in LEAVES and entry[-1] in LEAVES
 
 
 def _numbers_agree(keys: Side, key: Template, start: int, entries: Side, entry: Template, other: int) -> bool:

@@ -124,7 +124,14 @@ WAYS_BACK = frozenset(
     for name in (
         "down", "output",  # transformers Llama; BERT
         "mlp output", "attention output",  # OLMo's `ff_out`, `attn_out`
-        "2", "3", "w 2", "w 3",  # fairseq, timm; Meta's llama, Mixtral; xFormers' SwiGLU as in DINOv2
+        "w 2",  # Meta's llama, Mixtral, ESPnet
+    )
+)  # fmt: skip
+# And names of it that are elsewhere the way in (Keras' `dense`, GPT-2's `c_fc`): only where the layout is known as well.
+WAYS_BACK_BY_SHAPE = frozenset(
+    frozenset(name.split())
+    for name in (
+        "2", "3", "w 3",  # fairseq, timm; xFormers' SwiGLU as in DINOv2
         "", "c",  # `attn.proj` (timm), `attention.dense` (GPT-NeoX), `mlp.proj` (litGPT); `c_proj` (GPT-2)
     )
 )  # fmt: skip
