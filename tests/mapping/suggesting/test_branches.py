@@ -99,6 +99,24 @@ def test_a_way_in_that_is_stored_transposed_is_no_way_back(suggest, dense_in, de
     assert not [entry for entry in suggest(*(sides[::-1] if swapped else sides)).mapping if ".mlp." in entry]
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_map_of_the_mlp_is_none_of_the_attention(suggest, swapped):
+    """OLMo's blocks have no modules in them: below `self_attn` here, `ff_out` is there as well."""
+    pairs = {f"{x}_proj": f"self_attn.{x}_proj" for x in "qkv"} | {
+        "attn_out": "self_attn.o_proj",
+        "ff_out": "mlp.down_proj",
+    }
+    keys = NORMS | {f"{key}.weight": (H, H) for key in pairs}
+    entries = NORMS | {f"{entry}.weight": (H, H) for entry in pairs.values()}
+    truth = {entry: key for key, entry in pairs.items()}
+    sides = layers("blocks.{}", keys, range(4)), layers("layers.{}", entries, range(4))
+    sure = suggest(*(sides[::-1] if swapped else sides)).mapping.items()
+    names = [(k, e) if swapped else (e, k) for e, (k,) in sure]
+    short = [tuple(name.split(".", 2)[2].removesuffix(".weight") for name in two) for two in names]
+    assert short
+    assert all(truth.get(entry, entry) == key for entry, key in short)
+
+
 def test_experts_are_not_the_shared_one(suggest):
     keys = layers("blocks.{}", NORMS | ATTENTION | {"mlp.experts.w2_weight": (4, H, INNER)}, range(4))
     entries = layers("blocks.{}", NORMS | ATTENTION | {"mlp.shared.down_proj": (4, H, INNER)}, range(4))

@@ -58,3 +58,20 @@ def test_a_word_that_stands_for_two_is_not_learned(suggest):
         entries[entry.replace("c.wi", "c.rise").replace("c.wo", "c.fall")] = shape
     suggestion = suggest(keys, entries)
     assert not [entry for entry in suggestion.mapping if ".c.rise" in entry or ".c.fall" in entry]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_second_of_two_is_not_the_second_of_three(suggest, swapped):
+    """DETR's encoder has norms 1 and 2, its decoder 1 to 3: that the `norm2` of two is `final_layer_norm` is not said of three."""
+    attention = {f"self_attn.{x}_proj.weight": (D, D) for x in "qkvo"} | {"fc1.weight": (F, D), "fc2.weight": (D, F)}
+    cross = {f"multihead_attn.{x}_proj.weight": (D, D) for x in "qkvo"}
+    norms = {f"{x}_layer_norm.weight": (D,) for x in ("self_attn", "encoder_attn", "final")}
+    two = {name: shape for name, shape in norms.items() if "encoder" not in name}
+    numbered = {f"norm{n}.weight": (D,) for n in (1, 2, 3)}
+    keys = layers("encoder.layers.{}", attention | {f"norm{n}.weight": (D,) for n in (1, 2)}, range(4))
+    keys |= layers("decoder.layers.{}", attention | cross | numbered, range(4))
+    entries = layers("model.encoder.layers.{}", attention | two, range(4))
+    entries |= layers("model.decoder.layers.{}", attention | cross | norms, range(4))
+    sure = suggest(*((entries, keys) if swapped else (keys, entries))).mapping
+    assert not [entry for entry in sure if "decoder" in entry and "norm" in entry]
+    assert len([entry for entry in sure if "encoder.layers" in entry and "norm" in entry]) == 8

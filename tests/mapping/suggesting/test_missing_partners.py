@@ -16,6 +16,8 @@ def named(before, parts):
     return {f"{before}.{name}": shape for name, shape in parts.items()}
 
 
+MLP = {"mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
+
 CASES = {
     # `norm1` of `norm0..1` is not that of `norm1..2`: what is beside it counts from 0 here and from 1 there
     "a row of one": (
@@ -45,6 +47,12 @@ CASES = {
         ATTENTION | {"operator_norm.weight": (D,), "post_operator_norm.weight": (D,), "post_ffn_norm.weight": (D,)},
         ATTENTION | {"operator_norm.weight": (D,), "post_operator_norm.weight": (D,), "ffn_norm.weight": (D,)},
         "ffn_norm",
+    ),
+    # of Gemma's four norms, one of another's name is kept: the names of two do not speak of four
+    "a norm before a branch and one after it": (
+        ATTENTION | MLP | {f"{x}_norm.weight": (D,) for x in ("attn", "post_attention", "ffn")},
+        ATTENTION | MLP | {f"{x}_layernorm.weight": (D,) for x in ("post_attention", "pre_feedforward", "post_feedforward")},
+        "post_feedforward",
     ),
     "modules that both sides have, whose names say only that they are": (
         ATTENTION | {"proj.0.weight": (F, D), "proj.1.weight": (D,), "block.0.weight": (D, D), "block.1.bias": (D,)},
@@ -97,3 +105,14 @@ def test_a_bare_norm_is_what_the_module_around_it_is_called(suggest):
     suggestion = suggest(keys, entries)
     found = suggestion.mapping | {entry: key for p in suggestion.proposed for entry, key in p.mapping.items()}
     assert found["decoder.embedding_layernorm.weight"] == ("transf_decoder._embedding.layer_norm.weight",)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_two_ends_of_a_language_model_are_not_each_other(suggest, swapped):
+    """OLMo calls the head `ff_out`."""
+    here = layers("transformer.blocks.{}", ATTENTION | MLP, range(4)) | {"transformer.ln_f.weight": (D,)}
+    there = layers("model.layers.{}", ATTENTION | MLP, range(4)) | {"model.norm.weight": (D,)}
+    sides = here | {"transformer.ff_out.weight": (50, D)}, there | {"model.embed_tokens.weight": (50, D)}
+    sure = suggest(*(sides[::-1] if swapped else sides)).mapping
+    assert sure
+    assert not [entry for entry in sure if "embed" in entry or entry.endswith("transformer.ff_out.weight")]

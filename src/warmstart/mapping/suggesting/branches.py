@@ -31,13 +31,15 @@ def way_back(item: Item, side: Side) -> str | None:
         return None
     if not (name in WAYS_BACK or _is_gated(shape, beside) or stored_outward(item, shape, side)):
         return None
-    said = {
-        BRANCHES[word]
-        for segment in item.path[len(block) :]
-        for word in side.lexicon.content(segment)
-        if word in BRANCHES
-    }
+    said = branches_of(item, side)
     return said.pop() if len(said) == 1 else None
+
+
+def branches_of(item: Item, side: Side) -> set[str]:
+    """The branches of its block that the name of an item says."""
+    block = item_around(item.path[:-1])
+    words = (word for segment in item.path[len(block) :] for word in side.lexicon.content(segment))
+    return {BRANCHES[word] for word in words if word in BRANCHES}
 
 
 def _is_gated(shape: Shape, beside: list[Shape]) -> bool:

@@ -30,10 +30,18 @@ def learned(keys: Side, entries: Side, pairing: Pairing, beyond: Structure) -> d
                 side[segment].append(at)
     out = {}
     for old, new in sorted({two for _, _, place in sure if (two := _one(place, keys))}):
-        if old not in entries.segments and new not in keys.segments and having[0][old] == having[1][new]:
+        own = old not in entries.segments and new not in keys.segments and having[0][old] == having[1][new]
+        if own and _counts_alike(old, keys) and _counts_alike(new, entries):
             plain, other = sorted((old, new), key=lambda segment: (numbered(segment)[1] is not None, segment))
             out[other] = plain
     return out
+
+
+def _counts_alike(segment: str, side: Side) -> bool:
+    """Whether a number is of the same row everywhere: the second of two norms may be the third where there are three."""
+    stem, number = numbered(segment)
+    rows = [row for (_, name), row in side.families.items() if name == stem and number in row]
+    return all(row == rows[0] for row in rows)
 
 
 def _one(place: Place, side: Side) -> tuple[str, str] | None:

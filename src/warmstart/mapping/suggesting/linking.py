@@ -195,7 +195,8 @@ class Linker:
         if spread_apart(self.keys, x.path, self.entries, y.path):
             evidence = Evidence.ELIMINATION
         elif a == b and any(map(_is_word, a)) and order_agrees(self.keys, x.path, self.entries, y.path):
-            evidence = Evidence.WORDS
+            fillers = self.keys.has_fillers(x.path) or self.entries.has_fillers(y.path)
+            evidence = Evidence.SOME_WORDS if fillers and x.path[-1] != y.path[-1] else Evidence.WORDS
         elif numbers:
             evidence = Evidence.NUMBERS
         elif phrase or words.sameturn_of(x, y):

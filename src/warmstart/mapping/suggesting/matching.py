@@ -103,7 +103,13 @@ def own_partner(keys: Side, key: Path, entries: Side, entry: Path, place: Place)
 def _own_module(keys: Side, key: Path, entries: Side, entry: Path, place: Place) -> bool:
     """Whether a module in two tails of one length has its own partner: `block.1` is not `proj.1`, which say the same."""
     return len(key) == len(entry) and any(
-        a != b and ((*place[1], *entry[:turn], a) in entries.paths or (*place[0], *key[:turn], b) in keys.paths)
+        a != b
+        and (
+            (*place[1], *entry[:turn], a) in entries.paths
+            or (*place[0], *key[:turn], b) in keys.paths
+            or entries.has_fillers((*place[1], *entry[:turn], b))
+            or keys.has_fillers((*place[0], *key[:turn], a))
+        )
         for turn, (a, b) in enumerate(zip(key, entry, strict=True))
     )
 

@@ -7,14 +7,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from warmstart.mapping.suggesting.branches import way_back
+from warmstart.mapping.suggesting.branches import branches_of, way_back
 from warmstart.mapping.suggesting.items import Item
 from warmstart.mapping.suggesting.side import Bag, Side
 from warmstart.mapping.suggesting.templates import Path, Place, index_positions, numbered
-from warmstart.mapping.suggesting.vocabulary import BESIDE, Phrase
+from warmstart.mapping.suggesting.vocabulary import BESIDE, PHRASES, Phrase
 from warmstart.mapping.suggesting.words import INDEX
 
 Modules = tuple[dict[Path, Path], dict[Path, Path]]  # of tensors in layers of torch: where the layer went
+
+# Names of a block's norms, which speak of these two also where both sides have them: `post_attention_norm` beside another two.
+_IN_BLOCKS = {tuple(sorted(name.split())) for p in PHRASES if p.of_two for row in p.rows for name in row}
 
 
 class PlaceWords:
@@ -114,7 +117,14 @@ class PlaceWords:
         there, back = self.modules[0].get(x.path), self.modules[1].get(y.path)
         if (there and there not in (y.path, y.path[:-1])) or (back and back not in (x.path, x.path[:-1])):
             return True
-        return self.contradicts(x, y, tells=True)
+        return self._other_branch(x, y) or self.contradicts(x, y, tells=True)
+
+    def _other_branch(self, x: Item, y: Item) -> bool:
+        """Whether one is of the attention and the other of the MLP: `ff_out` is not `self_attn.o_proj`; norms stand between."""
+        if not self.phrases or "norm" in self._said[x] | self._said[y]:
+            return False
+        branches = branches_of(x, self.sides[0]), branches_of(y, self.sides[1])
+        return all(branches) and branches[0].isdisjoint(branches[1])
 
     def telling(self, phrase: Phrase, xs: Iterable[Item], ys: Iterable[Item]) -> bool:
         """Whether a phrase is evidence for pairs: the ends of a stack are in no block, and a block's two norms are two."""
@@ -123,7 +133,7 @@ class PlaceWords:
         here, there = (
             {n for i in items for n in _norms(i, side)} for items, side in zip((xs, ys), self.sides, strict=True)
         )
-        kept = here & there if self._beside.keys().isdisjoint((*xs, *ys)) else set()
+        kept = here & there - _IN_BLOCKS if self._beside.keys().isdisjoint((*xs, *ys)) else set()
         return not phrase.of_two or max(len(here - kept), len(there - kept)) <= 2
 
     def contradicts(self, x: Item, y: Item, *, tells: bool) -> bool:

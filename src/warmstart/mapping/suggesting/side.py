@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from warmstart.mapping.suggesting.indices import Children
 from warmstart.mapping.suggesting.items import Item
 from warmstart.mapping.suggesting.templates import Path, Template, index_positions, numbered
-from warmstart.mapping.suggesting.vocabulary import ORDINALS
+from warmstart.mapping.suggesting.vocabulary import FILLERS, ORDINALS
 from warmstart.mapping.suggesting.words import INDEX, Lexicon
 
 Bag = tuple[str, ...]
@@ -70,6 +70,14 @@ class Side:
                 if len(there) == 1 or there != set(ORDINALS[: len(there)]):
                     return True
         return False
+
+    def has_fillers(self, path: Path) -> bool:
+        """Whether a name and others beside it say only that there is a layer, so that these words tell: `fc` and `proj`."""
+        row = self.children[path[:-1]]
+        return self._is_filler(path[-1]) and any(s != path[-1] and self._is_filler(s) for s in row)
+
+    def _is_filler(self, segment: str) -> bool:
+        return segment != INDEX and FILLERS.keys() >= set(self.lexicon.segment(segment))
 
     def _reading(self, path: Path) -> tuple[Bag, ...]:
         return tuple(self.lexicon.content(segment) for segment in path)

@@ -216,11 +216,12 @@ PHRASES = (
         (
             ("embed token", "language head"),
             ("token embed", "output"),
+            ("token embed", "mlp output"),
             ("embed in", "embed output"),
             ("embed in", "output"),
         ),
         "the two ends of a language model, of one shape",
-        "transformers; Meta's llama, Megatron; GPT-NeoX",
+        "transformers; Meta's llama, Megatron; OLMo; GPT-NeoX",
     ),
     Phrase(
         (("embed norm", "final norm"), ("input norm", "norm"), ("norm pre", "norm post"), ("pre norm", "post norm")),
