@@ -109,10 +109,10 @@ def test_a_map_of_the_mlp_is_none_of_the_attention(suggest, swapped):
     keys = NORMS | {f"{key}.weight": (H, H) for key in pairs}
     entries = NORMS | {f"{entry}.weight": (H, H) for entry in pairs.values()}
     truth = {entry: key for key, entry in pairs.items()}
-    sides = layers("blocks.{}", keys, range(4)), layers("layers.{}", entries, range(4))
+    sides = layers("transformer.blocks.{}", keys, range(4)), layers("model.layers.{}", entries, range(4))
     sure = suggest(*(sides[::-1] if swapped else sides)).mapping.items()
     names = [(k, e) if swapped else (e, k) for e, (k,) in sure]
-    short = [tuple(name.split(".", 2)[2].removesuffix(".weight") for name in two) for two in names]
+    short = [tuple(name.split(".", 3)[3].removesuffix(".weight") for name in two) for two in names]
     assert short
     assert all(truth.get(entry, entry) == key for entry, key in short)
 

@@ -62,7 +62,7 @@ def test_a_word_that_stands_for_two_is_not_learned(suggest):
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_the_second_of_two_is_not_the_second_of_three(suggest, swapped):
-    """DETR's encoder has norms 1 and 2, its decoder 1 to 3: that the `norm2` of two is `final_layer_norm` is not said of three."""
+    """DETR's encoder has norms 1 and 2, its decoder 1 to 3: what `norm2` is of two is not said of three."""
     attention = {f"self_attn.{x}_proj.weight": (D, D) for x in "qkvo"} | {"fc1.weight": (F, D), "fc2.weight": (D, F)}
     cross = {f"multihead_attn.{x}_proj.weight": (D, D) for x in "qkvo"}
     norms = {f"{x}_layer_norm.weight": (D,) for x in ("self_attn", "encoder_attn", "final")}

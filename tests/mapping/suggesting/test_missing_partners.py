@@ -54,6 +54,17 @@ CASES = {
         ATTENTION | MLP | {f"{x}_layernorm.weight": (D,) for x in ("post_attention", "pre_feedforward", "post_feedforward")},
         "post_feedforward",
     ),
+    "the norm in a module and the one beside it": (
+        ATTENTION | MLP | {"norm_conv.weight": (D,), "conv_module.depthwise.weight": (D, 1, 3)},
+        ATTENTION | MLP | {"conv.batch_norm.weight": (D,), "conv.depthwise.weight": (D, 1, 3)},
+        "norm",
+    ),
+    # (gate, up, down) are fc_1, fc_2 and proj here, and w1, w3 and w2 there
+    "two of three that a number names": (
+        ATTENTION | {f"mlp.{x}.weight": (D, D) for x in ("fc_1", "fc_2", "proj")} | {"norm.weight": (D,)},
+        ATTENTION | {f"mlp.{x}.weight": (D, D) for x in ("w1", "w2")} | {"norm.weight": (D,)},
+        "mlp",
+    ),
     "modules that both sides have, whose names say only that they are": (
         ATTENTION | {"proj.0.weight": (F, D), "proj.1.weight": (D,), "block.0.weight": (D, D), "block.1.bias": (D,)},
         ATTENTION | {"proj.0.weight": (F, D), "proj.1.bias": (D,), "block.0.weight": (D, D), "block.1.weight": (D,)},

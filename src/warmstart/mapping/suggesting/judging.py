@@ -59,6 +59,8 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
     for link in links:
         if pairing.is_contested(link.key.path, link.entry.path):
             continue
+        if _outnumbered(link, keys, entries):
+            continue
         a, b = link.extra
         some = link.evidence >= Evidence.SOME_WORDS
         owned = (
@@ -166,6 +168,17 @@ def _swapped(link: Link, keys: Side, entries: Side) -> bool:
     return all(
         any(w in other.words for w in words) and (not only_number or all(bare)) for words, only_number, other in said
     )
+
+
+def _outnumbered(link: Link, keys: Side, entries: Side) -> bool:
+    """Whether only a number names two of several alike, of which one side has more: of (w1, w2, w3), `w2` may be any of two."""
+    alike, own = [], []
+    for item, side in ((link.key, keys), (link.entry, entries)):
+        beside = side.children[item.path[:-1]].values()
+        alike.append(sum(any(shape in item.shapes for _, shape in tensors) for tensors in beside))
+        own.append(set(side.lexicon.content(item.path[-1])))
+    both = own[0] & own[1]
+    return alike[0] != alike[1] and own[0] != own[1] and bool(both) and all(word.isdecimal() for word in both)
 
 
 def _lost(word: str) -> bool:

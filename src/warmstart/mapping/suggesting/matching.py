@@ -82,10 +82,16 @@ def _overlap(key: Template, entry: Template) -> bool:
 
 
 def order_agrees(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
-    """Whether words in another order are the same name: `image_to_token` is not `token_to_image` if one side has both."""
+    """Whether words in another order are the same name: `image_to_token` is not `token_to_image` if one side has both.
+
+    Nor is the norm in a module, `conv.norm`, one that is named after it, `norm_conv`.
+    """
     a, b = ([w for s in path for w in keys.lexicon.content(s)] for path in (key, entry))
     if a == b:
         return True
+    inside = [any(keys.lexicon.content(s) == ("norm",) for s in path) for path in (key, entry)]
+    if inside[0] != inside[1]:
+        return False
     return not any(
         s in entries.segments for s in key if s not in entry and len(keys.lexicon.content(s)) > 1
     ) and not any(s in keys.segments for s in entry if s not in key and len(keys.lexicon.content(s)) > 1)
