@@ -118,12 +118,13 @@ def test_a_bare_norm_is_what_the_module_around_it_is_called(suggest):
     assert found["decoder.embedding_layernorm.weight"] == ("transf_decoder._embedding.layer_norm.weight",)
 
 
+@pytest.mark.parametrize("vocabulary", [False, True])
 @pytest.mark.parametrize("swapped", [False, True])
-def test_the_two_ends_of_a_language_model_are_not_each_other(suggest, swapped):
+def test_the_two_ends_of_a_language_model_are_not_each_other(suggest, swapped, vocabulary):
     """OLMo calls the head `ff_out`."""
     here = layers("transformer.blocks.{}", ATTENTION | MLP, range(4)) | {"transformer.ln_f.weight": (D,)}
     there = layers("model.layers.{}", ATTENTION | MLP, range(4)) | {"model.norm.weight": (D,)}
     sides = here | {"transformer.ff_out.weight": (50, D)}, there | {"model.embed_tokens.weight": (50, D)}
-    sure = suggest(*(sides[::-1] if swapped else sides)).mapping
+    sure = suggest(*(sides[::-1] if swapped else sides), vocabulary=vocabulary).mapping
     assert sure
     assert not [entry for entry in sure if "embed" in entry or entry.endswith("transformer.ff_out.weight")]

@@ -11,7 +11,7 @@ from warmstart.mapping.suggesting.items import Item, matched
 from warmstart.mapping.suggesting.layouts import either_layout
 from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.linking import Evidence, Extra, Link, Twins
-from warmstart.mapping.suggesting.matching import Candidate, Pairing, own_partner
+from warmstart.mapping.suggesting.matching import Candidate, Pairing, order_agrees, own_partner
 from warmstart.mapping.suggesting.siblings import Siblings
 from warmstart.mapping.suggesting.side import Side, item_around
 from warmstart.mapping.suggesting.spelling import spelled_alike
@@ -59,9 +59,14 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
     for link in links:
         if pairing.is_contested(link.key.path, link.entry.path):
             continue
-        if _outnumbered(link, keys, entries):
-            continue
         a, b = link.extra
+        if _outnumbered(link, keys, entries) or (
+            not a
+            and not b
+            and link.evidence == Evidence.SOME_WORDS
+            and not order_agrees(keys, link.key.path, entries, link.entry.path)
+        ):
+            continue
         some = link.evidence >= Evidence.SOME_WORDS
         owned = (
             _both_own(link, keys, entries)
@@ -105,7 +110,7 @@ def judged(links: Sequence[Link], twins: Sequence[Twins], keys: Side, entries: S
             or (some and len(affixes[link.extra]) > 1 and not (known_there and known_here))
             or (
                 (row or len(repeats[link.extra]) > 1)
-                and (some or not (known_there and known_here))
+                and (some or (_is_long(link, rows) and not (known_there and known_here)))
                 and not stranger
                 and not _strays(link, there, back)
                 and not _swapped(link, keys, entries)
@@ -168,6 +173,12 @@ def _swapped(link: Link, keys: Side, entries: Side) -> bool:
     return all(
         any(w in other.words for w in words) and (not only_number or all(bare)) for words, only_number, other in said
     )
+
+
+def _is_long(link: Link, rows: Mapping[object, set[frozenset[Shape]]]) -> bool:
+    """Whether a row has enough shapes for a linear map to be known by them: two may be what is left of an attention."""
+    linear = any(len(shape) == 2 for shape in link.key.shapes)
+    return not linear or any(len(rows[places]) >= _SUPPORT for places in link.rows)
 
 
 def _outnumbered(link: Link, keys: Side, entries: Side) -> bool:
