@@ -109,6 +109,18 @@ nothing matched: none of the 2 keys fits any of the 2 model entries in scope
     )
 
 
+@pytest.mark.parametrize(("foreign", "offered"), [(("x.c", "x.d"), True), (("x.c",), False), ((), False)])
+def test_where_most_of_both_sides_is_left_the_way_to_infer_rules_is_offered(foreign, offered):
+    """One name in three fits: another codebase's file. Half of them fit, or one side is a part of the other: not so."""
+    entries = ["norm", "layers.a", "layers.b"]
+    keys = ["norm", *foreign, *entries[1 : 3 - len(foreign)]]
+    text = warmstart.plan(Net(entries), Header(keys)).explain()
+    assert ("by other names, rename= maps them;" in text) == offered
+    assert ("`warmstart suggest SOURCE --model ...`" in text) == offered
+    part = warmstart.plan(Net(["norm"]), Header(["norm", "x.a", "x.b", "x.c"])).explain()
+    assert "suggest" not in part
+
+
 def test_fv_7_missing_names_are_grouped():
     entries = ["a.weight", "a.bias", "b.c.weight", "d", "e"]
     message = warmstart.plan(Net(entries), Header(["e"])).errors[0].message

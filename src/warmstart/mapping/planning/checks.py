@@ -45,6 +45,17 @@ def check_casts(out: PartPlan, targets: Targets) -> None:
         out.notes.append(f"{len(narrowed)} tensors are rounded to the model's dtype")
 
 
+# The line that helps where names are another codebase's.
+_INFER = "print(warmstart.suggest(model, source)), or `warmstart suggest SOURCE --model ...`, infers such rules"
+
+
+def foreign(out: PartPlan, leftover: int, keys: int, entries: int) -> str:
+    """The line that infers rules, where most keys and most entries have found no partner; else empty."""
+    if 2 * leftover <= keys or 2 * (len(out.assigned) + len(out.mismatched)) >= entries:
+        return ""
+    return f"  -> if these are the same tensors by other names, rename= maps them;\n     {_INFER}"
+
+
 def check_nothing(out: PartPlan, named: KeyShapes, shapes: Shapes) -> None:
     """Nothing fits at all: say what does not, and what would have."""
     if not shapes or out.assigned or any(problem.kind == "ambiguous" for problem in out.errors):
@@ -62,10 +73,7 @@ def check_nothing(out: PartPlan, named: KeyShapes, shapes: Shapes) -> None:
         return
     keys = "\n".join(f"    {printable(key)}  {shape or ''}".rstrip() for key, shape in list(named.items())[:4])
     entries = "\n".join(f"    {name}  {shape}" for name, shape in list(shapes.items())[:4])
-    by_hand = (
-        "  -> rename={regex: replacement} maps the first onto the second, if it is the right file at all;\n"
-        "     print(warmstart.suggest(model, source)), or `warmstart suggest SOURCE --model ...`, infers such rules"
-    )
+    by_hand = f"  -> rename={{regex: replacement}} maps the first onto the second, if it is the right file at all;\n     {_INFER}"
     fix = out.hint or by_hand
     message = (
         f"none of the {len(named)} keys fits any of the {len(shapes)} model entries in scope\n"

@@ -20,7 +20,7 @@ from warmstart.mapping.keys import Key
 from warmstart.mapping.load_hooks.load_hooks import honour, may_say
 from warmstart.mapping.model.names import KeyShapes, Prefix, Shapes, infer_prefix, join, strip
 from warmstart.mapping.model.targets import Target, Targets
-from warmstart.mapping.planning.checks import better_prefix, check_casts, check_nothing
+from warmstart.mapping.planning.checks import better_prefix, check_casts, check_nothing, foreign
 from warmstart.mapping.planning.filling import fill
 from warmstart.mapping.planning.fitting import Fitting, adapters_of
 from warmstart.mapping.planning.part import PartPlan
@@ -77,6 +77,8 @@ def plan_part(number: int, pretrained: Pretrained, checkpoint: Checkpoint, targe
         out.hint = view(list(scope.entries.values()), scope.into, [key.name for key in leftover]).hint
     if leftover and pretrained.strip_prefix is not None and not out.hint:
         out.hint = better_prefix(plain, shapes, pretrained, len(out.assigned))
+    if leftover and out.assigned and not out.hint:
+        out.hint = foreign(out, len(leftover), len(keys), len(shapes))
     _leftovers(leftover, scope, targets, out)
     check_casts(out, targets)
     check_nothing(out, named, shapes)

@@ -9,10 +9,8 @@ from warmstart.mapping.suggesting.items import Item
 from warmstart.mapping.suggesting.side import Side, item_around
 from warmstart.mapping.suggesting.vocabulary import FUSED
 
-_INWARD = (
-    FUSED[0],
-    *FUSED[1],
-)  # maps of an attention that take the width of the model; of two in a row `q_a`, not `q_b`
+# Maps of an attention that take the width of the model; of two in a row `q_a`, not `q_b`.
+_INWARD = (FUSED[0], *FUSED[1])
 
 
 def stored_outward(item: Item, shape: Shape, side: Side) -> bool:
