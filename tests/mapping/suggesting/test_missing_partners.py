@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from warmstart.mapping.suggesting.judging import _go_and_return
+from warmstart.mapping.suggesting.matching import order_agrees
+from warmstart.mapping.suggesting.side import Side
+from warmstart.mapping.suggesting.templates import templates
+from warmstart.mapping.suggesting.words import Lexicon
+
 from .conftest import layers
 
 D, F = 8, 32
@@ -128,3 +134,30 @@ def test_the_two_ends_of_a_language_model_are_not_each_other(suggest, swapped, v
     sure = suggest(*(sides[::-1] if swapped else sides), vocabulary=vocabulary).mapping
     assert sure
     assert not [entry for entry in sure if "embed" in entry or entry.endswith("transformer.ff_out.weight")]
+
+
+@pytest.mark.parametrize(
+    ("row", "known"),
+    [
+        ([{(F, D), (F,)}, {(D, F), (D,)}], True),  # an MLP's two, as Swin's `intermediate.dense` and `output.dense`
+        ([{(F, D)}, {(D, F)}], False),  # without biases it may be stored either way
+        ([{(D, D), (D,)}, {(F, D), (F,)}], False),  # what is left of an attention
+        ([{(D, D), (D,)}, {(D, D), (D,)}], False),
+    ],
+)
+def test_two_shapes_are_a_row_where_they_are_a_map_and_the_map_back(row, known):
+    assert _go_and_return({frozenset(shapes) for shapes in row}) == known
+
+
+def test_a_norm_that_a_number_names_is_no_other_than_a_norm_in_a_layer():
+    """`norm_0` of Inkling's vision tower is `layer_norm` of a layer; `norm_conv` is not `conv.norm`."""
+    lexicon = Lexicon()
+    here, there = (
+        Side(templates(parts, lexicon=lexicon)[0], lexicon)
+        for parts in (
+            {"visual.norm_0.weight": (D,), "norm_conv.weight": (D,)},
+            {"visual.0.layer_norm.weight": (D,), "conv.norm.weight": (D,)},
+        )
+    )
+    assert order_agrees(here, ("visual", "norm_0"), there, ("visual", "#", "layer_norm"))
+    assert not order_agrees(here, ("norm_conv",), there, ("conv", "norm"))

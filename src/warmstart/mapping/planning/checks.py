@@ -73,8 +73,8 @@ def check_nothing(out: PartPlan, named: KeyShapes, shapes: Shapes) -> None:
         return
     keys = "\n".join(f"    {printable(key)}  {shape or ''}".rstrip() for key, shape in list(named.items())[:4])
     entries = "\n".join(f"    {name}  {shape}" for name, shape in list(shapes.items())[:4])
-    by_hand = f"  -> rename={{regex: replacement}} maps the first onto the second, if it is the right file at all;\n     {_INFER}"
-    fix = out.hint or by_hand
+    by_hand = "  -> rename={regex: replacement} maps the first onto the second, if it is the right file at all;"
+    fix = out.hint or f"{by_hand}\n     {_INFER}"
     message = (
         f"none of the {len(named)} keys fits any of the {len(shapes)} model entries in scope\n"
         f"  the checkpoint has keys such as\n{keys}\n  the model has entries such as\n{entries}\n{fix}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 
 from warmstart.mapping.derivations import Shape
@@ -178,7 +178,14 @@ def _swapped(link: Link, keys: Side, entries: Side) -> bool:
 def _is_long(link: Link, rows: Mapping[object, set[frozenset[Shape]]]) -> bool:
     """Whether a row has enough shapes for a linear map to be known by them: two may be what is left of an attention."""
     linear = any(len(shape) == 2 for shape in link.key.shapes)
-    return not linear or any(len(rows[places]) >= _SUPPORT for places in link.rows)
+    return not linear or any(len(rows[places]) >= _SUPPORT or _go_and_return(rows[places]) for places in link.rows)
+
+
+def _go_and_return(row: Collection[frozenset[Shape]]) -> bool:
+    """Whether a row is one map and the map back, as an MLP's two, which biases tell apart."""
+    matrices = {shape for shapes in row for shape in shapes if len(shape) == 2}
+    biased = all(any(len(shape) == 1 for shape in shapes) for shapes in row)
+    return biased and len(matrices) == 2 and matrices == {shape[::-1] for shape in matrices}
 
 
 def _outnumbered(link: Link, keys: Side, entries: Side) -> bool:

@@ -89,7 +89,8 @@ def order_agrees(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
     a, b = ([w for s in path for w in keys.lexicon.content(s)] for path in (key, entry))
     if a == b:
         return True
-    inside = [any(keys.lexicon.content(s) == ("norm",) for s in path) for path in (key, entry)]
+    contents = ([keys.lexicon.content(s) for s in path] for path in (key, entry))
+    inside = [any([w for w in content if not w.isdecimal()] == ["norm"] for content in each) for each in contents]
     if inside[0] != inside[1]:
         return False
     return not any(
