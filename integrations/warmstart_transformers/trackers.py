@@ -85,6 +85,9 @@ def _mlflow(
     mlflow: Any = sys.modules.get("mlflow")
     if mlflow is None or mlflow.active_run() is None:
         return
+    # transformers logs by another thread, and MLflow refuses to read a run of which a file is half written.
+    if hasattr(mlflow, "flush_async_logging"):
+        mlflow.flush_async_logging()
     mlflow.log_metrics(scalars, step=state.global_step)
     mlflow.log_params({f"warmstart.{name}": str(value)[:250] for name, value in summary(report).items()})
     mlflow.log_text(report.to_markdown(), "warmstart/report.md")

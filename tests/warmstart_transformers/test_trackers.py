@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,26 @@ def test_mlflow(make_trainer, plain_source, mlflow, attached):
         Path(a.path).name for a in mlflow.artifacts.list_artifacts(f"runs:/{run.info.run_id}/warmstart")
     }
     assert mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/warmstart/lineage.json") == callback.report.lineage
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_mlflow_is_not_read_while_another_thread_still_writes(make_trainer, plain_source, mlflow, monkeypatch):
+    from mlflow.store.tracking import file_store
+
+    append = file_store.append_to
+
+    def slowly(path, data):
+        Path(path).touch()
+        time.sleep(0.05)
+        append(path, data)
+
+    monkeypatch.setattr(file_store, "append_to", slowly)
+    callback = WarmStartCallback(plain_source, into="encoder")
+    trainer = make_trainer(Plain(), callback, report_to=["mlflow"])
+    callback.attach(trainer)
+    with mlflow.start_run() as run:
+        trainer.train()  # a warning, that the report was not taken, is an error here
+    assert mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/warmstart/report.md") == callback.report.to_markdown()
 
 
 @pytest.mark.slow
