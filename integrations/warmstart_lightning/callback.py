@@ -159,8 +159,7 @@ class WarmStart(Callback):
         # optimizer. So the last of them that the module has is wrapped on the instance, for one call.
         last = next((name for name in ("configure_model", "setup") if is_overridden(name, pl_module)), None)
         if stage == "fit":
-            freezes = any(part.freeze for part in self._life.told.parts)
-            refuse_at_setup(trainer, pl_module, self, freezes=freezes)
+            refuse_at_setup(trainer, pl_module, self, freezes=self._life.told.freezes)
         self._end_wrap()
         if last is None:
             self._set_up(trainer, pl_module)

@@ -262,7 +262,7 @@ class Lifecycle:
             refuse_overlap(plan, [other.report for other in beside])
             names = plan.freeze
             refuse_late_freeze(plan, set(names) - self.told.schedule.later(plan), optimizers, self.late_freeze)
-        elif any(part.freeze for part in self.told.parts):
+        elif self.told.freezes:
             assert self._gone is not None
             raise self._gone
         self._gone = None

@@ -69,6 +69,11 @@ class Settings:
         return repr([plain(part.freeze) for part in self.parts])
 
     @property
+    def freezes(self) -> bool:
+        """Whether anything is to be frozen."""
+        return any(part.freeze for part in self.parts)
+
+    @property
     def freezes_what_loads(self) -> bool:
         """Whether what is to be frozen is known by the source alone."""
         return any(part.freeze is True for part in self.parts)

@@ -27,7 +27,7 @@ def way_back(item: Item, side: Side) -> str | None:
     widths = {norm.shape[0] for norm in norms if len(norm.shape) == 1}
     if shape[-2] not in widths or shape[-1] in widths or beside.count(shape) > 1:
         return None
-    if biases_of(item, side) - {shape[-2:-1]}:
+    if biases_of(item.path, side) - {shape[-2:-1]}:
         return None
     if not (name in WAYS_BACK or _is_gated(shape, beside) or stored_outward(item, shape, side)):
         return None

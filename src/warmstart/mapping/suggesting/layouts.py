@@ -7,6 +7,7 @@ from collections import Counter
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.items import Item
 from warmstart.mapping.suggesting.side import Side, item_around
+from warmstart.mapping.suggesting.templates import Path
 from warmstart.mapping.suggesting.vocabulary import FUSED
 
 # Maps of an attention that take the width of the model; of two in a row `q_a`, not `q_b`.
@@ -17,7 +18,7 @@ def stored_outward(item: Item, shape: Shape, side: Side) -> bool:
     """Whether a map is known to be (out, in): its bias says so, or the maps into the attention beside it."""
     if len(shape) != 2:
         return False
-    if biases := biases_of(item, side):
+    if biases := biases_of(item.path, side):
         return biases == {shape[:1]}
     inward = {
         t.shape
@@ -39,5 +40,6 @@ def either_layout(item: Item, side: Side) -> bool:
     return maps == Counter(shape[::-1] for shape in maps.elements()) and not stored_outward(item, shapes[0], side)
 
 
-def biases_of(item: Item, side: Side) -> set[Shape]:
-    return {shape for _, shape in side.children[item.path].get("bias", ())}
+def biases_of(layer: Path, side: Side) -> set[Shape]:
+    """The shapes of a layer's bias, in the items of the lists around it."""
+    return {shape for _, shape in side.children[layer].get("bias", ())}

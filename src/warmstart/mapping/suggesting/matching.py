@@ -9,6 +9,7 @@ from typing import NamedTuple
 from warmstart.mapping.derivations import Shape
 from warmstart.mapping.suggesting.contest import contested, replaced, words_of
 from warmstart.mapping.suggesting.indices import spread
+from warmstart.mapping.suggesting.layouts import biases_of
 from warmstart.mapping.suggesting.leaves import LEAVES
 from warmstart.mapping.suggesting.side import Bag, Side, bag
 from warmstart.mapping.suggesting.templates import Path, Place, Template, numbered
@@ -123,9 +124,7 @@ def _own_module(keys: Side, key: Path, entries: Side, entry: Path, place: Place)
 
 def _other_bias(keys: Side, key: Path, entries: Side, entry: Path) -> bool:
     """Whether two layers have biases of other lengths: a map stored as (in, out) has the shape of the map back."""
-    here, there = (
-        {shape for _, shape in s.children[p[:-1]].get("bias", ())} for s, p in ((keys, key), (entries, entry))
-    )
+    here, there = biases_of(key[:-1], keys), biases_of(entry[:-1], entries)
     return bool(here and there) and here.isdisjoint(there) and key[-1] in LEAVES and entry[-1] in LEAVES
 
 
