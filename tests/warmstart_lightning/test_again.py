@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -106,6 +107,7 @@ def test_what_a_first_run_froze_trains_in_a_second_that_freezes_nothing(source, 
     assert not module.backbone.training
     source.unlink()  # there is nothing to take from it any more
     caplog.clear()
+    caplog.set_level(logging.INFO, "lightning.pytorch")  # a script that another test imports makes it quieter
     fit(module, WarmStart(source, into="backbone"))
     assert "an earlier run has loaded this model; it goes on from what it was trained to" in caplog.text
     assert module.backbone.training
